@@ -1,0 +1,188 @@
+"""Where chains start and how old they get: the bank of persistent chains and its policies.
+
+The regimes of Hill et al. 2022 differ only here. A chain's age is the number of Langevin steps since its
+birth. ``rejuvenation=1`` is no bank at all: every drawn chain is born anew, as in cooperative learning
+or noise-initialised short-run training. ``rejuvenation=0.5, max_visits=4`` is the short-run policy, a
+small probability without limit the mid-run one, and ``graduate`` between two banks the long-run one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Bank", "Birth", "Draw", "born_from", "born_from_data", "born_from_noise", "graduate"]
+
+# birth(batch, generator) -> states (*batch, *shape) and, if a network made them, latents (*batch, z).
+Birth = Callable[[tuple[int, ...], torch.Generator | None], tuple[Tensor, Tensor | None]]
+
+
+def born_from_noise(
+    shape: tuple[int, ...], std: float | None = None, device: torch.device | str | None = None
+) -> Birth:
+    """Births uniform on [-1, 1]^D or, if ``std`` is given, from N(0, std^2 I)."""
+
+    def birth(batch: tuple[int, ...], generator: torch.Generator | None) -> tuple[Tensor, None]:
+        x = torch.empty(*batch, *shape, device=device)
+        return (x.uniform_(-1, 1, generator=generator) if std is None else _normal_(x, generator) * std), None
+
+    return birth
+
+
+def born_from_data(data: Tensor, noise_std: float = 0.0) -> Birth:
+    """Births from randomly drawn rows of ``data`` ``(N, *shape)`` plus N(0, noise_std^2) noise."""
+
+    def birth(batch: tuple[int, ...], generator: torch.Generator | None) -> tuple[Tensor, None]:
+        x = data[torch.randint(len(data), batch, generator=generator, device=data.device)]
+        return (x + noise_std * _normal_(torch.empty_like(x), generator) if noise_std else x), None
+
+    return birth
+
+
+def born_from(network: nn.Module) -> Birth:
+    """Births G(z), z ~ N(0, I), from a network with an attribute ``latent`` (the size of z).
+
+    The network is used as it is at that moment and in its current mode: train mode keeps batch
+    normalisation on the batch's own statistics, as the official CIFAR-10 short-run code does.
+    """
+    device = next(network.parameters()).device
+
+    def birth(batch: tuple[int, ...], generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        z = _normal_(torch.empty(*batch, network.latent, device=device), generator)
+        with torch.no_grad():
+            return network(z), z
+
+    return birth
+
+
+def _normal_(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    return x.normal_(generator=generator)
+
+
+@dataclass
+class Draw:
+    """Chains taken out of a bank for one visit; all tensors are copies."""
+
+    index: Tensor  # (*stack, B) slots
+    x: Tensor  # (*stack, B, *shape) states, rebirths included
+    z: Tensor | None  # (*stack, B, z) latents of their births
+    born: Tensor  # (*stack, B) bool: reborn at this draw
+    visits: Tensor  # (*stack, B) visits since birth, before this one
+    age: Tensor  # (*stack, B) Langevin steps since birth, before this visit
+
+
+class Bank:
+    """``size`` persistent chains, for each of S stacked models if ``stack`` is given.
+
+    At each draw a chain is reborn with probability ``rejuvenation``, or when it has had
+    ``max_visits`` visits. With p = 1/2 and 4 visits of K steps the age at use is K, 2K, 3K, 4K with
+    probability 8/15, 4/15, 2/15, 1/15.
+
+    Raises ``ValueError`` for a probability outside [0, 1] or a limit below 1, and when more chains are
+    drawn than there are.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        birth: Birth,
+        *,
+        rejuvenation: float,
+        max_visits: int | None = None,
+        stack: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not 0 <= rejuvenation <= 1:
+            raise ValueError(f"rejuvenation is a probability, got {rejuvenation}")
+        if size < 1 or (max_visits is not None and max_visits < 1):
+            raise ValueError(f"a bank needs size >= 1 and max_visits >= 1, got {size} and {max_visits}")
+        self.size, self.birth, self.stack = size, birth, () if stack is None else (stack,)
+        self.rejuvenation, self.max_visits = rejuvenation, max_visits
+        self.x, self.z = birth((*self.stack, size), generator)
+        self.visits = torch.zeros(*self.stack, size, dtype=torch.long, device=self.x.device)
+        self.age = torch.zeros_like(self.visits)
+
+    def draw(self, batch: int, generator: torch.Generator | None = None) -> Draw:
+        """Take ``batch`` distinct chains, a set of its own for each stacked model, reborn by the policy."""
+        if batch > self.size:
+            raise ValueError(f"cannot draw {batch} distinct chains from a bank of {self.size}")
+        keys = torch.rand(*self.stack, self.size, generator=generator, device=self.x.device)
+        index = keys.topk(batch, dim=-1).indices  # distinct and uniform
+        at = self._at(index)
+        visits, age, x = self.visits[at], self.age[at], self.x[at]
+        z = None if self.z is None else self.z[at]
+        born = torch.rand(*self.stack, batch, generator=generator, device=x.device) < self.rejuvenation
+        if self.max_visits is not None:
+            born |= visits >= self.max_visits
+        # A birth for every drawn slot, used where it is due: no data-dependent shape, no wait for a GPU.
+        new_x, new_z = self.birth((*self.stack, batch), generator)
+        x = torch.where(_like(born, x), new_x, x)
+        z = None if z is None or new_z is None else torch.where(_like(born, z), new_z, z)
+        return Draw(index, x, z, born, visits.masked_fill(born, 0), age.masked_fill(born, 0))
+
+    def put(self, draw: Draw, x: Tensor, steps: int) -> None:
+        """Write back the drawn chains after ``steps`` Langevin steps brought them to x."""
+        at = self._at(draw.index)
+        self.x[at], self.visits[at], self.age[at] = x.detach(), draw.visits + 1, draw.age + steps
+        if self.z is not None and draw.z is not None:
+            self.z[at] = draw.z
+
+    def stagger(self, visits: int, generator: torch.Generator | None = None) -> None:
+        """Draw the visit counters uniformly from [0, visits), so that graduations spread evenly."""
+        shape, device = self.visits.shape, self.visits.device
+        self.visits = torch.randint(visits, shape, generator=generator, device=device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that changes, as tensors; ``load_state_dict`` restores it bit for bit."""
+        state = {"x": self.x, "visits": self.visits, "age": self.age}
+        return state if self.z is None else state | {"z": self.z}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises ``ValueError`` if the state is of another bank (a missing tensor or another shape)."""
+        for name, tensor in self.state_dict().items():
+            if name not in state or state[name].shape != tensor.shape:
+                found = tuple(state[name].shape) if name in state else "missing"
+                raise ValueError(f"bank state {name!r} is {found}, this bank needs {tuple(tensor.shape)}")
+            getattr(self, name).copy_(state[name])
+
+    def _at(self, index: Tensor) -> tuple[Tensor, ...]:
+        if not self.stack:
+            return (index,)
+        return torch.arange(self.stack[0], device=index.device).unsqueeze(1), index
+
+
+def graduate(
+    source: Bank,
+    drawn: Draw,
+    target: Bank,
+    slots: Draw,
+    visits: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Move chains that had at least ``visits`` visits from a burn-in bank into the update bank.
+
+    Called after both draws of an update were put back. Chain i of ``drawn`` overwrites slot i of
+    ``slots``, with its age; its own slot is reborn (Hill et al. 2022, long-run: 750 visits of 100
+    steps). Returns the mask of those that moved, ``(*stack, B)``.
+    """
+    if drawn.index.shape != slots.index.shape:
+        raise ValueError("graduation pairs chains with slots: draw as many from either bank")
+    at, to = source._at(drawn.index), target._at(slots.index)
+    moved = source.visits[at] >= visits
+    for name in ("x", "visits", "age"):
+        ours, theirs = getattr(source, name), getattr(target, name)
+        theirs[to] = torch.where(_like(moved, ours[at]), ours[at], theirs[to])
+    new_x, new_z = source.birth(tuple(moved.shape), generator)
+    source.x[at] = torch.where(_like(moved, new_x), new_x, source.x[at])
+    if source.z is not None and new_z is not None:
+        source.z[at] = torch.where(_like(moved, new_z), new_z, source.z[at])
+    source.visits[at] = source.visits[at].masked_fill(moved, 0)
+    source.age[at] = source.age[at].masked_fill(moved, 0)
+    return moved
+
+
+def _like(mask: Tensor, x: Tensor) -> Tensor:
+    return mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))

@@ -1,0 +1,287 @@
+"""Langevin sampling: the unadjusted chain and its Metropolis-adjusted twin.
+
+Both walk on the density p(x) proportional to exp(-U(x)) with
+
+    U(x) = E(x) / T + |x|^2 / (2 tau^2)
+
+where the second term, the confining base measure, is present only if ``base_std`` (tau) is given.
+``langevin`` has a discretisation bias that grows with the step size; ``mala`` removes it by accepting
+or rejecting each step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from companion.energies import Energy, energy_and_gradient, frozen
+
+__all__ = ["Chain", "DivergenceError", "Gauges", "langevin", "mala"]
+
+Callback = Callable[[int, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Gauges:
+    """How the chains moved. Each is a mean over the chains (a scalar, or ``(S,)`` for stacked models)."""
+
+    energy_start: Tensor  # E at the first state
+    energy: Tensor  # E at the last state at which a gradient was taken
+    drift: Tensor  # r: mean length of the gradient displacement, eps^2/2 |grad U|, at that state
+    noise: Tensor  # expected length of the noise displacement, eps sqrt(D)
+    acceptance: Tensor  # mean acceptance probability over the chain; 1 for the unadjusted chain
+
+    @property
+    def rho(self) -> Tensor:
+        """Drift over noise: about 0 free diffusion, about eps/2s at stationarity, above 1 descent."""
+        return self.drift / self.noise
+
+    def __str__(self) -> str:
+        rows = vars(self) | {"rho": self.rho}
+        return ", ".join(f"{name} {value.float().mean().item():.4g}" for name, value in rows.items())
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The end of a run of chains, and the way there if it was recorded."""
+
+    x: Tensor  # (*batch, *shape), last states
+    gauges: Gauges
+    path: Tensor | None = None  # (records, *batch, *shape): states after every record_every-th step
+    energies: Tensor | None = None  # (records, *batch): E at the state from which each such step started
+
+
+class DivergenceError(RuntimeError):
+    """A chain left every bound. ``step`` is where, ``gauges`` the last ones (which may be non-finite)."""
+
+    def __init__(self, step: int, gauges: Gauges, what: str) -> None:
+        self.step, self.gauges = step, gauges
+        super().__init__(
+            f"{what} at step {step} of the chain ({gauges}). "
+            "Try a smaller step size or learning rate, a higher temperature, more noise on the data, "
+            "or a confining base measure (base_std)."
+        )
+
+
+def langevin(
+    energy: Energy,
+    x: Tensor,
+    steps: int,
+    step_size: float | Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    base_std: float | None = None,
+    generator: torch.Generator | None = None,
+    record_every: int | None = None,
+    callback: Callback | None = None,
+) -> Chain:
+    """``steps`` unadjusted Langevin steps from x: x <- x - eps^2/2 grad U(x) + eps z, z ~ N(0, I).
+
+    x: ``(*batch, *shape)``, any shape, floating dtype and device; it is not modified. ``step_size``
+    (eps, the noise's standard deviation) and ``temperature`` may be tensors of shape ``(S,)`` when the
+    batch is ``(S, B)``: one value a stacked model. ``record_every=k`` keeps every k-th state in
+    ``path``; ``callback(step, x, energy)`` is called after each step. Parameters of the energy are
+    frozen meanwhile. The states are left unclamped: clamp for display only.
+
+    Raises ``DivergenceError`` with step and gauges when an energy or state is not finite, and
+    ``ValueError`` for an argument out of range. Source: the gradient step eps^2/2 with noise eps, as in
+    Nijkamp et al. 2020 and Hill et al. 2022.
+    """
+    _check(x, steps, step_size, temperature, base_std, record_every)
+    x = x.detach().clone()
+    noise = torch.empty_like(x)
+    watch = _Watch(x.device)
+    path, energies = [], []
+    with frozen(energy):
+        for step in range(steps):
+            value, grad = energy_and_gradient(energy, x)
+            if step == 0:
+                first = value
+                kernel = _Kernel.build(x, value, step_size, temperature, base_std)
+            if watch.sees_trouble(step, value):
+                raise DivergenceError(watch.step, kernel.gauges(first, value, grad, x), "non-finite energy")
+            noise.normal_(generator=generator)
+            kernel.move(x, grad, noise)
+            if record_every and (step + 1) % record_every == 0:
+                path.append(x.clone())
+                energies.append(value)
+            if callback is not None:
+                callback(step, x, value)
+    gauges = kernel.gauges(first, value, grad, x)
+    if watch.step >= 0:
+        raise DivergenceError(watch.step, gauges, "non-finite energy")
+    if not torch.isfinite(x).all():
+        raise DivergenceError(steps - 1, gauges, "non-finite state")
+    return Chain(x, gauges, torch.stack(path) if path else None, torch.stack(energies) if path else None)
+
+
+def mala(
+    energy: Energy,
+    x: Tensor,
+    steps: int,
+    step_size: float | Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    base_std: float | None = None,
+    generator: torch.Generator | None = None,
+    record_every: int | None = None,
+    callback: Callback | None = None,
+) -> Chain:
+    """``steps`` Metropolis-adjusted Langevin steps: the same proposal, accepted with probability
+
+        min(1, exp(U(x) - U(x')) q(x | x') / q(x' | x)),   q(b | a) = N(b; a - eps^2/2 grad U(a), eps^2 I),
+
+    so that p itself is stationary whatever the step size. Arguments, shapes and errors as in
+    ``langevin``; a *proposal* of infinite energy is merely rejected. ``gauges.acceptance`` is the mean
+    acceptance probability (0.57 is the classic optimum in high dimension). Source: Roberts & Tweedie 1996.
+    """
+    _check(x, steps, step_size, temperature, base_std, record_every)
+    x = x.detach().clone()
+    path, energies = [], []
+    with frozen(energy):
+        value, grad = first, _ = energy_and_gradient(energy, x)
+        kernel = _Kernel.build(x, value, step_size, temperature, base_std)
+        if not torch.isfinite(value).all():
+            raise DivergenceError(0, kernel.gauges(first, value, grad, x), "non-finite energy")
+        accepted, uniform, noise = torch.zeros_like(value), torch.empty_like(value), torch.empty_like(x)
+        for step in range(steps):
+            noise.normal_(generator=generator)
+            proposal = kernel.move(x.clone(), grad, noise)
+            new_value, new_grad = energy_and_gradient(energy, proposal)
+            # The noise that the reverse step x' -> x would have had to draw.
+            reverse = (x - kernel.move(proposal.clone(), new_grad, None)) / kernel.eps
+            log_ratio = kernel.log_density_ratio(x, proposal, value, new_value)
+            log_ratio = log_ratio + (kernel.squared(noise) - kernel.squared(reverse)) / 2
+            log_ratio = torch.where(log_ratio.isnan(), -math.inf, log_ratio)  # a diverged proposal
+            accepted += log_ratio.clamp(max=0).exp()
+            accept = uniform.uniform_(generator=generator).log() < log_ratio
+            moved = accept.reshape(*accept.shape, *[1] * (x.ndim - accept.ndim))
+            x, grad = torch.where(moved, proposal, x), torch.where(moved, new_grad, grad)
+            value = torch.where(accept, new_value, value)
+            if record_every and (step + 1) % record_every == 0:
+                path.append(x)
+                energies.append(value)
+            if callback is not None:
+                callback(step, x, value)
+    gauges = kernel.gauges(first, value, grad, x, accepted / steps)
+    return Chain(x, gauges, torch.stack(path) if path else None, torch.stack(energies) if path else None)
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """One step's coefficients, as numbers or as tensors that broadcast against x."""
+
+    eps: float | Tensor
+    half: float | Tensor  # eps^2 / 2
+    inverse_t: float | Tensor  # 1 / T
+    base_std: float | None
+    dims: tuple[int, ...]  # the dimensions of one state, those that are not batch
+
+    @classmethod
+    def build(
+        cls,
+        x: Tensor,
+        value: Tensor,
+        step_size: float | Tensor,
+        temperature: float | Tensor,
+        base_std: float | None,
+    ) -> _Kernel:
+        if value.shape != x.shape[: value.ndim]:
+            raise ValueError(
+                f"the energy maps {tuple(x.shape)} to {tuple(value.shape)}, which is not its batch part"
+            )
+
+        def shaped(v: float | Tensor) -> float | Tensor:
+            if isinstance(v, Tensor) and v.ndim:
+                return v.to(x).reshape(*v.shape, *[1] * (x.ndim - v.ndim))
+            return float(v)
+
+        eps = shaped(step_size)
+        return cls(eps, eps**2 / 2, 1.0 / shaped(temperature), base_std, tuple(range(value.ndim, x.ndim)))
+
+    def move(self, x: Tensor, grad: Tensor, noise: Tensor | None) -> Tensor:
+        """x <- x - eps^2/2 (grad/T + x/tau^2) + eps noise, in place."""
+        if self.base_std is not None:
+            x.mul_(1 - self.half / self.base_std**2)
+        if isinstance(self.eps, Tensor) or isinstance(self.inverse_t, Tensor):
+            x.sub_(self.half * self.inverse_t * grad)
+            return x if noise is None else x.add_(self.eps * noise)
+        x.add_(grad, alpha=-self.half * self.inverse_t)
+        return x if noise is None else x.add_(noise, alpha=self.eps)
+
+    def squared(self, v: Tensor) -> Tensor:
+        """|v|^2 of each state: ``(*batch, *shape)`` -> ``(*batch,)``."""
+        return v.square().sum(self.dims) if self.dims else v.square()
+
+    def log_density_ratio(self, x: Tensor, new: Tensor, value: Tensor, new_value: Tensor) -> Tensor:
+        """U(x) - U(new), the log of p(new) / p(x)."""
+        inverse_t = self.inverse_t
+        if isinstance(inverse_t, Tensor):
+            inverse_t = inverse_t.reshape(inverse_t.shape[: value.ndim])
+        ratio = (value - new_value) * inverse_t
+        if self.base_std is not None:
+            ratio = ratio + (self.squared(x) - self.squared(new)) / (2 * self.base_std**2)
+        return ratio
+
+    def gauges(
+        self, first: Tensor, value: Tensor, grad: Tensor, x: Tensor, acceptance: Tensor | None = None
+    ) -> Gauges:
+        slope = grad * self.inverse_t
+        if self.base_std is not None:
+            slope = slope + x / self.base_std**2
+        size = math.prod(x.shape[value.ndim :])
+        noise = torch.as_tensor(self.eps).to(x).flatten().squeeze() * math.sqrt(size)
+        acceptance = torch.ones_like(value) if acceptance is None else acceptance
+
+        def mean(v: Tensor) -> Tensor:
+            return v.float().mean(-1) if v.ndim else v.float()
+
+        drift = self.squared(self.half * slope).sqrt()
+        return Gauges(mean(first), mean(value), mean(drift), noise, mean(acceptance))
+
+
+class _Watch:
+    """Looks for non-finite energies without making a GPU wait at every step."""
+
+    def __init__(self, device: torch.device, every: int = 50) -> None:
+        self.every = every
+        self.flag = None if device.type == "cpu" else torch.full((), -1, device=device)
+        self.first = -1
+
+    @property
+    def step(self) -> int:
+        """The first step with a non-finite energy, -1 if there was none."""
+        return self.first if self.flag is None else int(self.flag)
+
+    def sees_trouble(self, step: int, value: Tensor) -> bool:
+        total = value.sum()
+        if self.flag is None:
+            if not math.isfinite(total.item()):
+                self.first = step
+            return self.first >= 0
+        self.flag = torch.where((self.flag < 0) & ~torch.isfinite(total), step, self.flag)
+        return step % self.every == self.every - 1 and self.step >= 0
+
+
+def _check(
+    x: Tensor,
+    steps: int,
+    step_size: float | Tensor,
+    temperature: float | Tensor,
+    base_std: float | None,
+    record_every: int | None,
+) -> None:
+    for name, value in (("step_size", step_size), ("temperature", temperature), ("base_std", base_std)):
+        # Asked this way round, NaN is refused too.
+        if value is not None and not bool(torch.as_tensor(value > 0).all()):
+            raise ValueError(f"{name} must be positive, got {value}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if record_every is not None and record_every < 1:
+        raise ValueError(f"record_every must be at least 1, got {record_every}")
+    if not x.is_floating_point():
+        raise ValueError(f"chains need floating-point states, got {x.dtype}")

@@ -1,0 +1,106 @@
+"""The regimes of the EBM life cycle (Hill et al. 2022) as ready-made runs.
+
+One network, one loss, one sampler: a regime is where its chains are born and how old they may become.
+This file holds the short-run regime and its controls; what is measured on a trained run of any regime is
+``quality_over_steps``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from companion.chains import Bank, born_from, born_from_noise
+from companion.langevin import langevin
+from companion.likelihood import Run
+from companion.networks import ConvEnergy, ConvGenerator, MLPEnergy, MLPGenerator
+
+__all__ = ["ARMS", "quality_over_steps", "short_run"]
+
+# arm -> (does a generator give birth?, probability of rejuvenation): all that tells the arms apart.
+ARMS = {"bank": (True, 0.5), "no_bank": (True, 1.0), "noise_birth": (False, 1.0)}
+
+
+def short_run(
+    arm: str,
+    shape: tuple[int, int, int],
+    *,
+    rate: float,
+    network_rate: float,
+    rng: torch.Generator,
+    stack: int | None = None,
+    bank_size: int = 2000,
+    batch: int = 128,
+    width: int = 0,
+    latent: int = 16,
+    device: torch.device | str = "cpu",
+) -> Run:
+    """A run of the short-run regime, ready for ``likelihood.train``.
+
+    ``arm`` is ``"bank"`` (the method: births from a generator taught by the chains, half of the drawn
+    chains reborn, at most four visits), ``"no_bank"`` (the same, every chain reborn at each update:
+    cooperative learning) or ``"noise_birth"`` (no generator, chains from uniform noise). ``width=0``
+    takes the MLPs (which can train ``stack`` seeds side by side), otherwise the convolutional energy and
+    generator of that width. Adam with ``rate`` for the energy and ``network_rate`` for the generator.
+
+    Raises ``ValueError`` for an unknown arm, and for stacked convolutional networks.
+    """
+    if arm not in ARMS:
+        raise ValueError(f"unknown arm {arm!r}: choose one of {', '.join(ARMS)}")
+    if width and stack is not None:
+        raise ValueError("convolutional networks are not stacked: train the seeds one after another")
+    with_generator, rejuvenation = ARMS[arm]
+    network: nn.Module | None = None
+    if width:
+        energy: nn.Module = ConvEnergy(shape, width, generator=rng).to(device)
+        network = (
+            ConvGenerator(shape, latent, 2 * width, generator=rng).to(device) if with_generator else None
+        )
+    else:
+        energy = MLPEnergy(shape, stack=stack, generator=rng).to(device)
+        network = (
+            MLPGenerator(shape, latent, stack=stack, generator=rng).to(device) if with_generator else None
+        )
+    birth = born_from_noise(shape, device=device) if network is None else born_from(network)
+    size = batch if rejuvenation == 1 else bank_size  # without memory a larger bank would never be read
+    bank = Bank(size, birth, rejuvenation=rejuvenation, max_visits=4, stack=stack, generator=rng)
+    teacher = None if network is None else torch.optim.Adam(network.parameters(), lr=network_rate)
+    return Run(energy, torch.optim.Adam(energy.parameters(), lr=rate), bank, rng, network, teacher)
+
+
+def quality_over_steps(
+    run: Run,
+    marks: Sequence[int],
+    count: int,
+    score: Callable[[Tensor], float],
+    *,
+    step_size: float,
+    temperature: float,
+    base_std: float | None = None,
+    rng: torch.Generator | None = None,
+) -> tuple[list[list[float]], dict[int, Tensor]]:
+    """Score fresh chains after each number of test steps in ``marks`` (increasing, may start at 0).
+
+    ``count`` chains a model are born as in training (a generator in eval mode) and walk without clamping;
+    ``score`` sees ``(count, *shape)`` states clamped to [-1, 1]. Returns the scores, a row a mark and an
+    entry a stacked model, and the clamped states by mark, ``(*stack, count, *shape)``. Raises
+    ``DivergenceError`` if a chain leaves every bound.
+    """
+    if run.network is not None:
+        run.network.eval()
+    x, _ = run.bank.birth((*run.bank.stack, count), rng)
+    if run.network is not None:
+        run.network.train()
+    scores, states, done = [], {}, 0
+    for mark in marks:
+        if mark > done:
+            x = langevin(
+                run.energy, x, mark - done, step_size,
+                temperature=temperature, base_std=base_std, generator=rng,
+            ).x  # fmt: skip
+            done = mark
+        states[mark] = x.clamp(-1, 1)
+        scores.append([score(part) for part in (states[mark] if run.bank.stack else [states[mark]])])
+    return scores, states

@@ -1,0 +1,266 @@
+"""Maximum likelihood with MCMC negatives: one step, one loop, its gauges and its checkpoints.
+
+The loss of one update is the difference of mean energies whose gradient is that of the negative
+log-likelihood when the negatives follow the model (Hill et al. 2022, eq. of L(theta)):
+
+    L(theta) = (mean E(x+) - mean E(x-)) / T,    x+ = data + data_noise * n.
+
+Gauges of each update: d_t = L(theta_t); r_t, the mean gradient displacement of the chain's last step;
+rho = r_t / (eps sqrt(D)), drift over noise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from companion.chains import Bank
+from companion.langevin import langevin
+
+__all__ = ["CheckpointError", "Run", "load", "ml_loss", "ml_step", "save", "train"]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read, or belongs to another run."""
+
+
+@dataclass
+class Run:
+    """What outlives one update. ``history`` holds one tensor an update and gauge, stacked models apart."""
+
+    energy: nn.Module
+    optimizer: torch.optim.Optimizer
+    bank: Bank
+    rng: torch.Generator
+    network: nn.Module | None = None  # a generator taught by the chains (short-run), or None
+    network_optimizer: torch.optim.Optimizer | None = None
+    update: int = 0
+    history: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def gauge(self, name: str) -> Tensor:
+        """One gauge over the updates so far, ``(updates,)`` or ``(updates, S)``: "d", "r", "rho", ..."""
+        return torch.stack(self.history[name])
+
+
+def ml_loss(energy: nn.Module, positive: Tensor, negative: Tensor, temperature: float | Tensor) -> Tensor:
+    """(mean E(x+) - mean E(x-)) / T over the last batch dimension: a scalar, or ``(S,)`` if stacked.
+
+    Minimising it lowers the energy of the data and lifts that of the negatives.
+    """
+    stacked = getattr(energy, "stack", None) is not None
+    values = energy(torch.cat([positive, negative], dim=1 if stacked else 0))  # one pass for both
+    plus, minus = values.split([positive.shape[int(stacked)], negative.shape[int(stacked)]], dim=-1)
+    return (plus.mean(-1) - minus.mean(-1)) / temperature
+
+
+def ml_step(
+    run: Run,
+    positive: Tensor,
+    *,
+    steps: int,
+    step_size: float | Tensor,
+    temperature: float | Tensor,
+    base_std: float | None = None,
+) -> dict[str, Tensor]:
+    """One update of ``run`` on the (already noised) batch ``positive``; returns its gauges.
+
+    Draw chains, move them K steps, step the energy on L(theta), teach the network if there is one
+    (|x- - G(z)|^2, no gradient through the chain), put the chains back. Raises ``DivergenceError``.
+    """
+    batch = positive.shape[len(run.bank.stack)]
+    drawn = run.bank.draw(batch, run.rng)
+    chain = langevin(
+        run.energy,
+        drawn.x,
+        steps,
+        step_size,
+        temperature=temperature,
+        base_std=base_std,
+        generator=run.rng,
+    )
+    loss = ml_loss(run.energy, positive, chain.x, temperature)
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.sum().backward()  # stacked models are independent: the sum's gradient is each one's own
+    run.optimizer.step()
+    gauges = {"d": loss.detach(), "r": chain.gauges.drift, "rho": chain.gauges.rho}
+    if run.network is not None:
+        error = (run.network(drawn.z) - chain.x).square().flatten(drawn.index.ndim).sum(-1).mean(-1)
+        run.network_optimizer.zero_grad(set_to_none=True)
+        error.sum().backward()
+        run.network_optimizer.step()
+        gauges["teaching"] = error.detach()
+    run.bank.put(drawn, chain.x, steps)
+    return gauges | {"age": (drawn.age + steps).float().mean(-1)}
+
+
+def train(
+    run: Run,
+    data: Tensor,
+    updates: int,
+    *,
+    batch: int,
+    steps: int,
+    step_size: float | Tensor,
+    temperature: float | Tensor,
+    data_noise: float,
+    half_level: float = 0.0,
+    base_std: float | None = None,
+    schedule: Callable[[float], float] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 500,
+    progress: bool | None = None,
+) -> Run:
+    """Bring ``run`` to ``updates`` updates on ``data`` ``(N, *shape)``; returns it.
+
+    Each update draws a batch, dequantises it (uniform noise of +-``half_level``), adds N(0, data_noise^2)
+    and calls ``ml_step``. ``schedule`` maps the share of training done, in [0, 1), to a factor on each
+    optimiser's learning rate. With ``checkpoint`` (a folder) the state is saved every
+    ``checkpoint_every`` updates and at the end, and training resumes from what it finds there: a run
+    killed at any update and started again ends with the same numbers as one that was not.
+
+    Raises ``DivergenceError`` from the chains, ``CheckpointError`` for a checkpoint of another run.
+    """
+    settings = {
+        "updates": updates, "batch": batch, "steps": steps, "step_size": _plain(step_size),
+        "temperature": _plain(temperature), "data_noise": data_noise, "half_level": half_level,
+        "base_std": base_std,
+    }  # fmt: skip
+    if checkpoint is not None and (Path(checkpoint) / "checkpoint.json").exists():
+        load(run, checkpoint, settings)
+    rates = [(group, group.setdefault("initial_lr", group["lr"])) for group in _groups(run)]
+    bar = tqdm(total=updates, initial=run.update, disable=None if progress is None else not progress)
+    with bar:
+        while run.update < updates:
+            for group, rate in rates:
+                group["lr"] = rate * (schedule(run.update / updates) if schedule else 1.0)
+            rows = torch.randint(len(data), (*run.bank.stack, batch), generator=run.rng, device=data.device)
+            positive = data[rows]
+            noise = torch.empty_like(positive)
+            if half_level:
+                positive = positive + noise.uniform_(-half_level, half_level, generator=run.rng)
+            positive = positive + data_noise * noise.normal_(generator=run.rng)
+            gauges = ml_step(
+                run, positive, steps=steps, step_size=step_size, temperature=temperature, base_std=base_std
+            )
+            for name, value in gauges.items():
+                run.history.setdefault(name, []).append(value)
+            run.update += 1
+            bar.update()
+            if not bar.disable and run.update % 100 == 0:
+                bar.set_postfix({k: f"{v.mean().item():.3g}" for k, v in gauges.items()})
+            if checkpoint is not None and (run.update % checkpoint_every == 0 or run.update == updates):
+                save(run, checkpoint, settings)
+    return run
+
+
+def save(run: Run, folder: str | os.PathLike[str], settings: dict | None = None) -> Path:
+    """Write the run's whole state to ``folder``: tensors (safetensors) and a small JSON that names them.
+
+    The JSON is renamed into place last, so a process killed at any moment, or a full disk, leaves the
+    previous checkpoint whole. Returns the JSON's path; raises ``CheckpointError`` if it cannot write.
+    """
+    folder = Path(folder)
+    tensors = {f"energy.{k}": v for k, v in run.energy.state_dict().items()}
+    tensors |= {f"bank.{k}": v for k, v in run.bank.state_dict().items()}
+    tensors |= {f"history.{k}": torch.stack(v) for k, v in run.history.items()}
+    tensors["rng"] = run.rng.get_state()
+    groups = {}
+    if run.network is not None:
+        tensors |= {f"network.{k}": v for k, v in run.network.state_dict().items()}
+    for name, optimizer in _optimizers(run).items():
+        state = optimizer.state_dict()
+        groups[name] = state["param_groups"]
+        for i, slots in state["state"].items():
+            tensors |= {f"{name}.{i}.{k}": torch.as_tensor(v) for k, v in slots.items()}
+    # A new name each time: the file that checkpoint.json points to is never overwritten.
+    target = folder / f"checkpoint-{run.update:07d}.safetensors"
+    index = folder / "checkpoint.json"
+    header = {"update": run.update, "tensors": target.name, "groups": groups, "settings": settings}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(
+            target, lambda path: save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
+        )
+        _replace(index, lambda path: path.write_text(json.dumps(header, indent=1), encoding="utf-8"))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"could not write the checkpoint of update {run.update} to {folder}: {error}. The previous "
+            "checkpoint is untouched; free disk space or choose another folder, and start again."
+        ) from error
+    for old in folder.glob("checkpoint-*.safetensors"):
+        if old != target:
+            old.unlink(missing_ok=True)
+    return index
+
+
+def load(run: Run, folder: str | os.PathLike[str], settings: dict | None = None) -> Run:
+    """Restore ``run`` (built as before, same shapes) from ``folder``, bit for bit.
+
+    Raises ``CheckpointError`` if the files are missing or damaged, were made with other ``settings``, or
+    do not fit the run's networks, bank or optimisers.
+    """
+    index = Path(folder) / "checkpoint.json"
+    remedy = f"Remove {folder} to start afresh, or choose another folder."
+    try:
+        header = json.loads(index.read_text(encoding="utf-8"))
+        tensors = load_file(index.with_name(header["tensors"]))
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read the checkpoint {index}: {error}. {remedy}") from error
+    made_with = header["settings"]
+    if settings is not None and made_with is not None:
+        other = [f"{k}={made_with.get(k)} (now {v})" for k, v in settings.items() if made_with.get(k) != v]
+        if other:
+            raise CheckpointError(f"{index} is of a run with {', '.join(other)}. {remedy}")
+
+    def part(name: str) -> dict[str, Tensor]:
+        return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+
+    try:
+        run.energy.load_state_dict(part("energy"))
+        run.bank.load_state_dict(part("bank"))
+        if run.network is not None:
+            run.network.load_state_dict(part("network"))
+        for name, optimizer in _optimizers(run).items():
+            slots: dict[int, dict[str, Tensor]] = {}
+            for key, value in part(name).items():
+                number, slot = key.split(".", 1)
+                slots.setdefault(int(number), {})[slot] = value
+            optimizer.load_state_dict({"state": slots, "param_groups": header["groups"][name]})
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{index} does not fit this run: {error}. {remedy}") from error
+    run.rng.set_state(tensors["rng"])
+    device = run.bank.x.device
+    run.history = {k: list(v.to(device).unbind(0)) for k, v in part("history").items()}
+    run.update = header["update"]
+    return run
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _optimizers(run: Run) -> dict[str, torch.optim.Optimizer]:
+    both = {"optimizer": run.optimizer, "network_optimizer": run.network_optimizer}
+    return {name: optimizer for name, optimizer in both.items() if optimizer is not None}
+
+
+def _groups(run: Run) -> list[dict]:
+    return [group for optimizer in _optimizers(run).values() for group in optimizer.param_groups]
+
+
+def _plain(value: float | Tensor) -> float | list[float]:
+    return value.tolist() if isinstance(value, Tensor) else value

@@ -1,0 +1,257 @@
+"""How good samples are, and whether chains have mixed.
+
+Sample quality: the Fréchet distance in the features of a small classifier trained in place (FD; it is
+not FID and never called so), always with its real-against-real floor at the same counts; FID proper
+through torchmetrics, an optional extra; energy distance and MMD; mode coverage. Chains: split R-hat,
+effective sample size, autocorrelation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "Coverage",
+    "FeatureClassifier",
+    "autocorrelation",
+    "effective_sample_size",
+    "energy_distance",
+    "fid",
+    "frechet_distance",
+    "frechet_floor",
+    "mmd",
+    "mode_coverage",
+    "split_rhat",
+    "train_classifier",
+]
+
+
+class FeatureClassifier(nn.Module):
+    """Two 3x3 convolutions, pooling, a layer of ``features`` units, and the logits.
+
+    Images ``(B, C, H, W)`` in [-1, 1] -> logits ``(B, classes)``; ``features(x)`` is the penultimate layer,
+    ``(B, features)``, the space in which FD is measured.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        classes: int,
+        features: int = 32,
+        width: int = 32,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        from companion.networks import initialise
+
+        channels, height, side = shape
+        self.convs = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+        )
+        self.penultimate = nn.Linear(2 * width * (height // 4) * (side // 4), features)
+        self.head = nn.Linear(features, classes)
+        initialise(self, generator)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.penultimate(self.convs(x)).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def train_classifier(
+    x: Tensor,
+    y: Tensor,
+    *,
+    epochs: int = 30,
+    batch: int = 128,
+    rate: float = 2e-3,
+    noise: float = 0.1,
+    features: int = 32,
+    generator: torch.Generator | None = None,
+) -> FeatureClassifier:
+    """Train a ``FeatureClassifier`` on images ``(N, C, H, W)`` and labels ``(N,)``; returned in eval mode.
+
+    Adam with the rate decayed to zero along a cosine; N(0, noise^2) on the images, so that the
+    features do not hang on the exact grey levels.
+    """
+    net = FeatureClassifier(tuple(x.shape[1:]), int(y.max()) + 1, features, generator=generator).to(x.device)
+    updates = epochs * max(1, len(x) // batch)
+    optimizer = torch.optim.Adam(net.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    for _ in range(updates):
+        rows = torch.randint(len(x), (batch,), generator=generator, device=x.device)
+        noisy = x[rows] + noise * torch.empty_like(x[rows]).normal_(generator=generator)
+        loss = F.cross_entropy(net(noisy), y[rows])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return net.eval().requires_grad_(False)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^{1/2}) of two feature sets ``(n, d)`` and ``(m, d)``.
+
+    Biased upward at finite counts by an amount that depends on n, m and d: compare only at equal
+    counts and quote ``frechet_floor`` beside it. Raises ``ValueError`` for fewer than two rows or
+    non-finite features. Source: Heusel et al. 2017, eq. 6.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"need features (n, d) and (m, d), got {tuple(a.shape)} and {tuple(b.shape)}")
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise ValueError("features are not finite: the samples diverged, or the feature network did")
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    # C_a C_b has the eigenvalues of the symmetric root C_b root, which eigvalsh finds stably.
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    mean = (a.mean(0) - b.mean(0)).square().sum()
+    return max(0.0, float(mean + cov_a.trace() + cov_b.trace() - 2 * cross))
+
+
+def frechet_floor(
+    pool: Tensor, reference: Tensor, count: int, repeats: int = 20, generator: torch.Generator | None = None
+) -> Tensor:
+    """FD between ``count`` *real* features drawn from ``pool`` and the real ``reference``: ``(repeats,)``.
+
+    What perfect samples would score at these counts; no method can be asked to fall below it. Raises
+    ``ValueError`` when the pool holds fewer than ``count`` rows.
+    """
+    if count > len(pool):
+        raise ValueError(f"the floor needs {count} real samples, the pool has {len(pool)}")
+    floors = []
+    for _ in range(repeats):
+        rows = torch.randperm(len(pool), generator=generator, device=pool.device)[:count]
+        floors.append(frechet_distance(pool[rows], reference))
+    return torch.tensor(floors)
+
+
+def fid(real: Tensor, fake: Tensor, feature: int | nn.Module = 2048, batch: int = 100) -> float:
+    """FID proper, by torchmetrics with torch-fidelity's Inception: images ``(N, 3, H, W)`` in [-1, 1].
+
+    Needs the extra ``pip install downhill-with-noise[fid]`` and, at first use, a network for the Inception
+    weights; ``feature`` may be a module that maps uint8 images to features instead. Quote N and the
+    version beside the figure. Raises ``ImportError`` with that advice if the extra is missing.
+    """
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+    except ImportError as error:
+        raise ImportError("FID needs an optional extra: pip install 'downhill-with-noise[fid]'") from error
+    metric = FrechetInceptionDistance(feature=feature).to(real.device)
+    for images, is_real in ((real, True), (fake, False)):
+        levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        for part in levels.split(batch):
+            metric.update(part, real=is_real)
+    return float(metric.compute())
+
+
+def energy_distance(a: Tensor, b: Tensor) -> float:
+    """2 E|A-B| - E|A-A'| - E|B-B'|, unbiased, of samples ``(n, *shape)`` and ``(m, *shape)``.
+
+    Zero in expectation when both follow one law; a single estimate may be slightly negative.
+    """
+    return float(_discrepancy(a, b, torch.cdist, sign=-1.0))
+
+
+def mmd(a: Tensor, b: Tensor, bandwidth: float | None = None) -> float:
+    """Unbiased squared MMD with a Gaussian kernel exp(-|x-y|^2 / 2h^2); h is the pooled median distance."""
+    a, b = a.flatten(1), b.flatten(1)
+    if bandwidth is None:
+        pooled = torch.cat([a, b])
+        bandwidth = float(
+            torch.pdist(pooled[torch.linspace(0, len(pooled) - 1, 1000).long().unique()]).median()
+        )
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return torch.exp(-torch.cdist(x, y).square() / (2 * bandwidth**2))
+
+    return float(_discrepancy(a, b, kernel, sign=1.0))
+
+
+def _discrepancy(a: Tensor, b: Tensor, kernel: Callable[[Tensor, Tensor], Tensor], sign: float) -> Tensor:
+    a, b = a.flatten(1).double(), b.flatten(1).double()
+    n, m = len(a), len(b)
+    if min(n, m) < 2:
+        raise ValueError("two samples of at least two points are needed")
+    aa, bb = kernel(a, a), kernel(b, b)
+    within_a = (aa.sum() - aa.diagonal().sum()) / (n * (n - 1))
+    within_b = (bb.sum() - bb.diagonal().sum()) / (m * (m - 1))
+    return sign * (within_a + within_b - 2 * kernel(a, b).mean())
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How samples spread over known modes."""
+
+    modes: int  # modes that hold at least one high-quality sample
+    high_quality: float  # share of samples within ``radius`` standard deviations of a mode
+    balance: float  # entropy of the mode counts over log K: 1 is even
+
+
+def mode_coverage(x: Tensor, means: Tensor, std: float, radius: float = 4.0) -> Coverage:
+    """Modes hit, high-quality share and balance of samples ``(n, d)`` against modes ``(K, d)``."""
+    distance, nearest = torch.cdist(x, means.to(x)).min(1)
+    good = distance < radius * std
+    counts = torch.bincount(nearest[good], minlength=len(means)).double()
+    share = counts / counts.sum().clamp(min=1)
+    balance = float(-torch.xlogy(share, share).sum() / math.log(len(means))) if len(means) > 1 else 1.0
+    return Coverage(int((counts > 0).sum()), float(good.double().mean()), balance)
+
+
+def split_rhat(chains: Tensor) -> float:
+    """Split R-hat of a scalar along chains ``(n_chains, n_steps)``: near 1 when they agree.
+
+    Each chain is halved, then R-hat = sqrt(((n-1)/n W + B/n) / W). Source: Gelman et al., Bayesian
+    Data Analysis, section 11.4. Raises ``ValueError`` for fewer than four steps.
+    """
+    n = chains.shape[1] // 2
+    if n < 2:
+        raise ValueError("split R-hat needs at least four steps a chain")
+    halves = torch.cat([chains[:, :n], chains[:, -n:]]).double()
+    within = halves.var(1).mean()
+    between = n * halves.mean(1).var()
+    return float((((n - 1) / n * within + between / n) / within).sqrt())
+
+
+def autocorrelation(series: Tensor, lags: int) -> Tensor:
+    """Autocorrelation of ``(..., n)`` along the last dimension at lags 0..lags: ``(..., lags + 1)``."""
+    n = series.shape[-1]
+    if not 0 <= lags < n:
+        raise ValueError(f"lags must be below the length {n}, got {lags}")
+    centred = series.double() - series.double().mean(-1, keepdim=True)
+    spectrum = torch.fft.rfft(centred, n=2 * n)  # padded: circular correlation would wrap around
+    covariance = torch.fft.irfft(spectrum.abs().square(), n=2 * n)[..., : lags + 1]
+    return covariance / covariance[..., :1]
+
+
+def effective_sample_size(chains: Tensor) -> float:
+    """Number of independent draws that ``(n_chains, n_steps)`` are worth for the mean of a scalar.
+
+    Combined autocorrelation of all chains, summed over Geyer's initial positive pairs (Stan reference
+    manual, section on effective sample size).
+    """
+    m, n = chains.shape
+    rho = autocorrelation(chains, n - 1)
+    variance = chains.double().var(1)
+    within = variance.mean()
+    total = (n - 1) / n * within + (chains.double().mean(1).var() if m > 1 else 0.0)
+    combined = 1 - (within - (rho * variance.unsqueeze(1) * (n - 1) / n).mean(0)) / total
+    pairs = combined[: 2 * (n // 2)].reshape(-1, 2).sum(1)
+    positive = pairs[: int((pairs < 0).nonzero()[0])] if bool((pairs < 0).any()) else pairs
+    positive = positive.cummin(0).values
+    tau = max(float(2 * positive.sum() - 1), 1 / math.log10(m * n)) if len(positive) else 1.0
+    return m * n / tau

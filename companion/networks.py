@@ -1,0 +1,282 @@
+"""The networks of the papers, smallest first. Energies are bias-free at the last layer, unnormalised.
+
+``MLP`` can hold S independent networks in stacked weights: ``(S, B, in)`` -> ``(S, B, out)``. Seeds
+and arms then train side by side in one batched matrix product instead of a Python loop over models.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ConvEnergy", "ConvGenerator", "MLP", "MLPEnergy", "MLPGenerator", "ResidualEnergy"]
+
+
+class StackedLinear(nn.Module):
+    """x @ W + b with W ``(*stack, in, out)``: S independent layers when stack is ``(S,)``.
+
+    Initialised like ``nn.Linear`` (uniform, bound 1/sqrt(in)).
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stack: int | None = None,
+        bias: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        lead, bound = () if stack is None else (stack,), 1 / math.sqrt(inputs)
+        self.weight = nn.Parameter(_uniform((*lead, inputs, outputs), bound, generator))
+        self.bias = nn.Parameter(_uniform((*lead, 1, outputs), bound, generator)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return x @ self.weight
+        if self.weight.ndim == 2:
+            return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class StackedBatchNorm(nn.Module):
+    """Batch normalisation of ``(B, C)`` or, a model at a time, of ``(S, B, C)``."""
+
+    def __init__(self, channels: int, stack: int | None = None) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(channels * (stack or 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 2:
+            return self.norm(x)
+        models, batch, channels = x.shape
+        flat = x.transpose(0, 1).reshape(batch, models * channels)  # (B, S*C): statistics per model
+        return self.norm(flat).reshape(batch, models, channels).transpose(0, 1)
+
+
+class MLP(nn.Module):
+    """Linear layers of the given sizes with an activation between them, S networks at once if ``stack``."""
+
+    def __init__(
+        self,
+        sizes: tuple[int, ...],
+        stack: int | None = None,
+        activation: type[nn.Module] = nn.SiLU,
+        batch_norm: bool = False,
+        last_bias: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+            last = i == len(sizes) - 2
+            layers.append(StackedLinear(a, b, stack, bias=last_bias or not last, generator=generator))
+            if not last:
+                layers += [StackedBatchNorm(b, stack)] if batch_norm else []
+                layers.append(activation())
+        self.layers = nn.Sequential(*layers)
+        self.stack = stack
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class MLPEnergy(nn.Module):
+    """E: ``(B, *shape)`` -> ``(B,)``, or ``(S, B, *shape)`` -> ``(S, B)`` with stacked weights.
+
+    SiLU by default: the energy's gradient is then smooth, which long chains need.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        hidden: tuple[int, ...] = (256, 256),
+        stack: int | None = None,
+        activation: type[nn.Module] = nn.SiLU,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in (nn.SiLU, nn.ReLU):
+            raise ValueError(f"MLPEnergy knows the slopes of SiLU and ReLU, not of {activation.__name__}")
+        self.shape, self.stack, self.smooth = tuple(shape), stack, activation is nn.SiLU
+        sizes = (math.prod(shape), *hidden, 1)
+        self.net = MLP(sizes, stack, activation, last_bias=False, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.flatten(-len(self.shape))).squeeze(-1)
+
+    def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """E and its gradient in x, by hand: the backward pass of this network written out.
+
+        The numbers are autograd's up to rounding; the sampler's inner loop is a third shorter, because
+        no graph is built and silu' = s + silu (1 - s) reuses the forward's s = sigmoid(h).
+        """
+        *inner, last = [layer for layer in self.net.layers if isinstance(layer, StackedLinear)]
+        h, slopes = x.flatten(-len(self.shape)), []
+        for layer in inner:
+            h = layer(h)
+            if self.smooth:
+                s = torch.sigmoid(h)
+                h = h.mul_(s)
+                slopes.append(s.addcmul_(h, s, value=-1).add_(h))  # in place: no fresh memory to fault in
+            else:
+                slopes.append(h > 0)
+                h = h.relu_()
+        value = last(h).squeeze(-1)
+        grad = slopes.pop() * last.weight.mT  # (*stack, B, H) * (*stack, 1, H)
+        for layer in reversed(inner):
+            grad = grad @ layer.weight.mT
+            if slopes:
+                grad.mul_(slopes.pop())
+        return value, grad.unflatten(-1, self.shape)
+
+
+class MLPGenerator(nn.Module):
+    """G: latents ``(*batch, z)`` -> images ``(*batch, *shape)`` in [-1, 1] by tanh, batch-normalised."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        latent: int = 16,
+        hidden: tuple[int, ...] = (128, 256),
+        stack: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape, self.latent, self.stack = tuple(shape), latent, stack
+        sizes = (latent, *hidden, math.prod(shape))
+        self.net = MLP(sizes, stack, nn.ReLU, batch_norm=True, generator=generator)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.net(z).tanh().unflatten(-1, self.shape)
+
+
+class ConvEnergy(nn.Module):
+    """The small convolutional energy of Nijkamp et al. 2020 ("vanilla"), for 28x28 and 32x32 images.
+
+    conv 3x3, then three conv 4x4 of stride 2 that double the width, then a bias-free sum: ``(B, C, H, W)``
+    -> ``(B,)``. Leaky ReLU 0.05, no normalisation. Width 32 at 32x32 costs 26 million multiplications.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        width: int = 32,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        channels, height, side = shape
+        self.shape, self.stack = tuple(shape), None
+        self.convs = nn.ModuleList([nn.Conv2d(channels, width, 3, padding=1)])
+        for i in range(3):
+            self.convs.append(nn.Conv2d(width * 2**i, width * 2 ** (i + 1), 4, stride=2, padding=1))
+        last = width * 8 * (height // 8) * (side // 8)
+        self.head = nn.Linear(last, 1, bias=False)
+        initialise(self, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = F.leaky_relu(conv(x), 0.05)
+        return self.head(x.flatten(1)).squeeze(1)
+
+
+class ResidualEnergy(nn.Module):
+    """The SNGAN-32 discriminator as an energy, without spectral norm, as in Hill et al. 2022.
+
+    Four residual blocks of ``width`` (256 in the paper), the first two halving the image; ReLU, global
+    average pool, bias-free linear: ``(B, C, H, W)`` -> ``(B,)``.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], width: int = 64, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.shape, self.stack = tuple(shape), None
+        self.stem = nn.ModuleList(
+            [nn.Conv2d(shape[0], width, 3, padding=1), _conv3(width), _conv1(shape[0], width)]
+        )
+        self.down = nn.ModuleList([_conv3(width), _conv3(width), _conv1(width, width)])
+        self.flat = nn.ModuleList([nn.ModuleList([_conv3(width), _conv3(width)]) for _ in range(2)])
+        self.head = nn.Linear(width, 1, bias=False)
+        initialise(self, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, skip = self.stem
+        x = F.avg_pool2d(second(F.relu(first(x))), 2) + skip(F.avg_pool2d(x, 2))
+        first, second, skip = self.down
+        x = F.avg_pool2d(second(F.relu(first(F.relu(x)))), 2) + F.avg_pool2d(skip(x), 2)
+        for first, second in self.flat:
+            x = x + second(F.relu(first(F.relu(x))))
+        return self.head(F.relu(x).mean((2, 3))).squeeze(1)
+
+
+class ConvGenerator(nn.Module):
+    """The SNGAN-32 generator: ``(B, z)`` -> ``(B, C, H, W)`` in [-1, 1], for H = W = 28 or 32.
+
+    Dense to 4x4, three batch-normalised residual blocks that double the side, conv, tanh; a 28x28 image
+    is the 32x32 one without its border.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        latent: int = 128,
+        width: int = 64,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if shape[1] != shape[2] or not 17 <= shape[1] <= 32:
+            raise ValueError(f"ConvGenerator makes square images of side 17 to 32, not {shape[1:]}")
+        self.shape, self.latent, self.stack, self.width = tuple(shape), latent, None, width
+        self.dense = nn.Linear(latent, width * 16)
+        self.blocks = nn.ModuleList([_UpBlock(width) for _ in range(3)])
+        self.norm = nn.BatchNorm2d(width)
+        self.out = nn.Conv2d(width, shape[0], 3, padding=1)
+        initialise(self, generator)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.dense(z).unflatten(1, (self.width, 4, 4))
+        for block in self.blocks:
+            x = block(x)
+        x = self.out(F.relu(self.norm(x))).tanh()  # (B, C, 32, 32)
+        border = (32 - self.shape[1]) // 2
+        return x[:, :, border : border + self.shape[1], border : border + self.shape[2]]
+
+
+class _UpBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.conv1, self.conv2, self.skip = _conv3(width), _conv3(width), _conv1(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.interpolate(F.relu(self.norm1(x)), scale_factor=2, mode="bilinear", align_corners=False)
+        h = self.conv2(F.relu(self.norm2(self.conv1(h))))
+        return h + self.skip(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False))
+
+
+def _conv3(width: int) -> nn.Conv2d:
+    return nn.Conv2d(width, width, 3, padding=1)
+
+
+def _conv1(inputs: int, width: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, width, 1)
+
+
+def _uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator | None) -> Tensor:
+    device = generator.device if generator is not None else None
+    return (torch.rand(shape, generator=generator, device=device) * 2 - 1) * bound
+
+
+def initialise(module: nn.Module, generator: torch.Generator | None) -> None:
+    """Glorot-uniform weights and zero biases (the official code's initialisation), from ``generator``."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            receptive = layer.weight[0, 0].numel() if layer.weight.ndim == 4 else 1
+            fans = (layer.weight.shape[0] + layer.weight.shape[1]) * receptive
+            layer.weight.data = _uniform(tuple(layer.weight.shape), math.sqrt(6 / fans), generator)
+            if layer.bias is not None:
+                layer.bias.data = torch.zeros_like(layer.bias, device=layer.weight.device)

@@ -1,0 +1,131 @@
+"""Analytic energies against quadrature, autograd and their own samplers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from companion import energies
+from companion.energies import Banana, DoubleWell, Gaussian, GaussianMixture, Rings
+from companion.networks import MLPEnergy
+
+PLANE = {
+    "gaussian": Gaussian(torch.tensor([0.5, -1.0]), torch.tensor([[1.5, 0.6], [0.6, 0.8]])),
+    "ring": GaussianMixture.ring(),
+    "grid": GaussianMixture.grid(side=3, spacing=1.5, std=0.2),
+    "weighted": GaussianMixture(torch.tensor([[-1.0, 0.0], [2.0, 1.0]]), 0.4, torch.tensor([1.0, 3.0])),
+    "double well": DoubleWell(),
+    "banana": Banana(width=1.0),  # narrow enough that the square of the quadrature holds its tails
+    "rings": Rings(),
+}
+
+
+@pytest.mark.parametrize("name", PLANE)
+def test_density_integrates_to_one(name):
+    energy = PLANE[name]
+    line = torch.linspace(-8, 8, 1601, dtype=torch.float64)
+    points = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1)
+    mass = energy.log_density(points).exp().sum() * (line[1] - line[0]) ** 2
+    assert mass.item() == pytest.approx(1.0, abs=2e-4)
+
+
+@pytest.mark.parametrize("name", PLANE)
+def test_sampler_agrees_with_density(name, rng):
+    """Mean energy of exact samples against its quadrature: 5 standard errors of 40,000 samples."""
+    energy = PLANE[name]
+    x = energy.sample(40_000, rng)
+    assert x.shape == (40_000, 2)
+    line = torch.linspace(-8, 8, 1201, dtype=torch.float64)
+    points = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1)
+    weight = energy.log_density(points).exp() * (line[1] - line[0]) ** 2
+    for statistic in (energy, lambda v: v[..., 0], lambda v: v[..., 1] ** 2):
+        expected = (weight * statistic(points)).sum().item()
+        values = statistic(x).double()
+        assert abs(values.mean().item() - expected) < 5 * values.std().item() / 200 + 1e-4
+
+
+@pytest.mark.parametrize("name", PLANE)
+def test_score_is_the_gradient_of_log_density(name, rng):
+    energy = PLANE[name]
+    x = torch.randn(20, 2, generator=rng, dtype=torch.float64)
+    step = 1e-5
+    for axis in range(2):
+        shift = torch.zeros(2, dtype=torch.float64)
+        shift[axis] = step
+        numeric = (energy.log_density(x + shift) - energy.log_density(x - shift)) / (2 * step)
+        torch.testing.assert_close(energies.score(energy, x)[:, axis], numeric, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(energies.score(energy, x, temperature=2.0) * 2, energies.score(energy, x))
+
+
+def test_gaussian_against_torch_distributions(rng):
+    covariance = torch.tensor([[2.0, 0.3, 0.0], [0.3, 1.0, -0.2], [0.0, -0.2, 0.5]])
+    energy = Gaussian(torch.zeros(3), covariance)
+    x = torch.randn(50, 3, generator=rng)
+    reference = torch.distributions.MultivariateNormal(torch.zeros(3), covariance)
+    torch.testing.assert_close(energy.log_density(x), reference.log_prob(x), rtol=1e-4, atol=1e-5)
+    assert torch.cov(energy.sample(100_000, rng).T) == pytest.approx(covariance, abs=0.05)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="positive definite"):
+        Gaussian(torch.zeros(2), torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+    with pytest.raises(ValueError, match="symmetric"):
+        Gaussian(torch.zeros(2), torch.tensor([[1.0, 0.5], [0.0, 1.0]]))
+    with pytest.raises(ValueError, match=r"R\^2"):
+        Banana()(torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="positive numbers"):
+        GaussianMixture(torch.zeros(2, 2), 0.1, torch.tensor([1.0, -1.0]))
+
+
+def test_frozen_restores_each_parameter_also_on_error():
+    net = nn.Linear(3, 1)
+    net.bias.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="boom"), energies.frozen(lambda x: net(x).squeeze(-1)):
+        assert not net.weight.requires_grad
+        raise RuntimeError("boom")
+    assert net.weight.requires_grad and not net.bias.requires_grad
+    with energies.frozen(net.forward):
+        assert not net.weight.requires_grad
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    batch=st.integers(1, 5),
+    stack=st.none() | st.integers(1, 3),
+    smooth=st.booleans(),
+)
+def test_mlp_gradient_by_hand_is_autograds(shape, batch, stack, smooth):
+    activation = nn.SiLU if smooth else nn.ReLU
+    energy = MLPEnergy(tuple(shape), (7, 5), stack=stack, activation=activation).double()
+    lead = (batch,) if stack is None else (stack, batch)
+    x = torch.randn(*lead, *shape, dtype=torch.float64)
+    value, grad = energies.energy_and_gradient(energy, x)
+    plain_value, plain_grad = energies.energy_and_gradient(lambda y: energy(y), x)
+    assert value.shape == lead and grad.shape == x.shape
+    torch.testing.assert_close(value, plain_value)
+    torch.testing.assert_close(grad, plain_grad)
+
+
+def test_stacked_models_are_independent(rng):
+    """Model s of a stack is the single model with its weights; its gradient sees no other model."""
+    stacked = MLPEnergy((4,), (6, 5), stack=3, generator=rng)
+    x = torch.randn(3, 9, 4, generator=rng)
+    for s in range(3):
+        single = MLPEnergy((4,), (6, 5))
+        with torch.no_grad():
+            for ours, theirs in zip(single.parameters(), stacked.parameters(), strict=True):
+                ours.copy_(theirs[s])
+        torch.testing.assert_close(stacked(x)[s], single(x[s]))
+    other = x.clone()
+    other[1:] += 1
+    torch.testing.assert_close(energies.gradient(stacked, x)[0], energies.gradient(stacked, other)[0])
+
+
+def test_log_normaliser_of_the_grid_is_that_of_one_gaussian():
+    assert GaussianMixture.grid().log_normaliser == pytest.approx(math.log(2 * math.pi * 0.05**2))
