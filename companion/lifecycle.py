@@ -15,12 +15,31 @@ from torch import Tensor, nn
 from companion.chains import Bank, born_from, born_from_noise
 from companion.langevin import langevin
 from companion.likelihood import Run
-from companion.networks import ConvEnergy, ConvGenerator, MLPEnergy, MLPGenerator
+from companion.networks import ConvEnergy, ConvGenerator, MLPEnergy, MLPGenerator, ResidualEnergy
 
 __all__ = ["ARMS", "quality_over_steps", "short_run"]
 
 # arm -> (does a generator give birth?, probability of rejuvenation): all that tells the arms apart.
 ARMS = {"bank": (True, 0.5), "no_bank": (True, 1.0), "noise_birth": (False, 1.0)}
+
+
+Factory = Callable[[tuple[int, int, int], int, int, int | None, torch.Generator], nn.Module]
+
+# network -> how its energy and its generator are made of (shape, width, latent, stack, rng).
+_NETWORKS: dict[str, tuple[Factory, Factory]] = {
+    "mlp": (
+        lambda shape, width, latent, stack, rng: MLPEnergy(shape, stack=stack, generator=rng),
+        lambda shape, width, latent, stack, rng: MLPGenerator(shape, latent, stack=stack, generator=rng),
+    ),
+    "conv": (
+        lambda shape, width, latent, stack, rng: ConvEnergy(shape, width, rng),
+        lambda shape, width, latent, stack, rng: ConvGenerator(shape, latent, 2 * width, rng),
+    ),
+    "residual": (
+        lambda shape, width, latent, stack, rng: ResidualEnergy(shape, width, rng),
+        lambda shape, width, latent, stack, rng: ConvGenerator(shape, latent, width, rng),
+    ),
+}
 
 
 def short_run(
@@ -33,7 +52,8 @@ def short_run(
     stack: int | None = None,
     bank_size: int = 2000,
     batch: int = 128,
-    width: int = 0,
+    network: str = "mlp",
+    width: int = 32,
     latent: int = 16,
     device: torch.device | str = "cpu",
 ) -> Run:
@@ -41,33 +61,30 @@ def short_run(
 
     ``arm`` is ``"bank"`` (the method: births from a generator taught by the chains, half of the drawn
     chains reborn, at most four visits), ``"no_bank"`` (the same, every chain reborn at each update:
-    cooperative learning) or ``"noise_birth"`` (no generator, chains from uniform noise). ``width=0``
-    takes the MLPs (which can train ``stack`` seeds side by side), otherwise the convolutional energy and
-    generator of that width. Adam with ``rate`` for the energy and ``network_rate`` for the generator.
+    cooperative learning) or ``"noise_birth"`` (no generator, chains from uniform noise). ``network`` is
+    ``"mlp"`` (which can train ``stack`` seeds side by side), ``"conv"`` (the small convolutional energy of
+    ``width`` and a generator of twice that) or ``"residual"`` (the paper's SNGAN-32 pair, width 256 there).
+    Adam with ``rate`` for the energy and ``network_rate`` for the generator.
 
-    Raises ``ValueError`` for an unknown arm, and for stacked convolutional networks.
+    Raises ``ValueError`` for an unknown arm or network, and for stacked convolutional networks.
     """
-    if arm not in ARMS:
-        raise ValueError(f"unknown arm {arm!r}: choose one of {', '.join(ARMS)}")
-    if width and stack is not None:
+    for kind, name, known in (("arm", arm, ARMS), ("network", network, _NETWORKS)):
+        if name not in known:
+            raise ValueError(f"unknown {kind} {name!r}: choose one of {', '.join(known)}")
+    if network != "mlp" and stack is not None:
         raise ValueError("convolutional networks are not stacked: train the seeds one after another")
     with_generator, rejuvenation = ARMS[arm]
-    network: nn.Module | None = None
-    if width:
-        energy: nn.Module = ConvEnergy(shape, width, generator=rng).to(device)
-        network = (
-            ConvGenerator(shape, latent, 2 * width, generator=rng).to(device) if with_generator else None
-        )
-    else:
-        energy = MLPEnergy(shape, stack=stack, generator=rng).to(device)
-        network = (
-            MLPGenerator(shape, latent, stack=stack, generator=rng).to(device) if with_generator else None
-        )
-    birth = born_from_noise(shape, device=device) if network is None else born_from(network)
+    energy, generator = (
+        make(shape, width, latent, stack, rng).to(device) if wanted else None
+        for make, wanted in zip(_NETWORKS[network], (True, with_generator), strict=True)
+    )
+    birth = born_from_noise(shape, device=device) if generator is None else born_from(generator)
     size = batch if rejuvenation == 1 else bank_size  # without memory a larger bank would never be read
     bank = Bank(size, birth, rejuvenation=rejuvenation, max_visits=4, stack=stack, generator=rng)
-    teacher = None if network is None else torch.optim.Adam(network.parameters(), lr=network_rate)
-    return Run(energy, torch.optim.Adam(energy.parameters(), lr=rate), bank, rng, network, teacher)
+    adam = torch.optim.Adam(energy.parameters(), lr=rate)
+    if generator is None:
+        return Run(energy, adam, bank, rng)
+    return Run(energy, adam, bank, rng, generator, torch.optim.Adam(generator.parameters(), lr=network_rate))
 
 
 def quality_over_steps(

@@ -183,6 +183,23 @@ def test_short_run_arms_differ_as_they_should(rng):
         build(arm="bnak")
 
 
+@pytest.mark.parametrize("network", ["conv", "residual"])
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
+def test_convolutional_short_run_trains(network, shape, rng):
+    """One update of the image-sized networks, births included; both nets move, nothing is stacked."""
+    run = lifecycle.short_run(
+        "bank", shape, rate=1e-3, network_rate=1e-3, rng=rng, bank_size=8, batch=4, network=network, width=4
+    )
+    before = [p.clone() for net in (run.energy, run.network) for p in net.parameters()]
+    images = torch.rand(6, *shape, generator=rng) * 2 - 1
+    train(run, images, 1, progress=False, **(SETTINGS | {"batch": 4, "steps": 2, "step_size": 0.01}))
+    after = [p for net in (run.energy, run.network) for p in net.parameters()]
+    assert run.bank.x.shape == (8, *shape) and run.bank.x.isfinite().all()
+    assert sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) > len(before) / 2
+    with pytest.raises(ValueError, match="not stacked"):
+        lifecycle.short_run("bank", shape, rate=1, network_rate=1, rng=rng, network=network, stack=2)
+
+
 def test_quality_over_steps_walks_one_chain_and_clamps(rng):
     run = build()
     seen = []

@@ -1,0 +1,71 @@
+"""What is kept in git of measured figures: it must agree with what the book and the README say of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def script(path: str):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def parameters(chapter: str) -> dict[str, str]:
+    text = (ROOT / "book" / f"{chapter}.md").read_text(encoding="utf-8")
+    cell = text.partition(":tags: [parameters]")[2].partition("```")[0]
+    return dict(re.findall(r"^(\w+) = (.+?)\s+#", cell, flags=re.MULTILINE))
+
+
+def test_short_run_uses_each_arms_best_trial():
+    record = json.loads((ROOT / "results/tuning-short-run-digits.json").read_text(encoding="utf-8"))
+    chapter = parameters("short-run")
+    trials = {arm: {r["trial"] for r in record["trials"] if r["arm"] == arm} for arm in record["best"]}
+    assert len(set(map(frozenset, trials.values()))) == 1, "the arms were not given the same trials"
+    for arm, best in record["best"].items():
+        scored = [row for row in record["trials"] if row["arm"] == arm and "fd" in row]
+        assert best == min(scored, key=lambda row: sum(row["fd"]))
+        for name in ("temperature", "step_size", "rate", "network_rate"):
+            if f"{arm}_{name}" in chapter:
+                assert float(chapter[f"{arm}_{name}"]) == best[name], (arm, name)
+    for name in ("updates", "batch", "steps"):
+        assert int(chapter[name]) == record[name]
+
+
+def test_tuning_gives_every_arm_the_same_settings():
+    tune = script("benchmarks/tune_short_run.py")
+    record = json.loads((ROOT / "results/tuning-short-run-digits.json").read_text(encoding="utf-8"))
+    for row in record["trials"]:
+        expected = tune.settings(row["trial"])
+        assert {name: row[name] for name in expected} == expected
+
+
+def test_readme_table_is_that_of_the_record():
+    record = script("tools/record.py")
+    files = sorted((ROOT / "results").glob("cpu-*.json"))
+    assert files, "no recorded cpu run: make course, then python tools/record.py"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tables = [record.chapter_table(ROOT, json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    assert any(record.renewed(readme, table) == readme for table in tables)
+    with pytest.raises(ValueError, match="lacks the lines"):
+        record.renewed("# no marks", tables[0])
+
+
+def test_figures_of_uncommitted_code_are_refused(tmp_path, capsys):
+    record = script("tools/record.py")
+    (tmp_path / "_toc.yml").write_text("chapters:\n- file: book/one\n", encoding="utf-8")
+    folder = tmp_path / "build" / "cpu" / "results"
+    folder.mkdir(parents=True)
+    (folder / "one.json").write_text(json.dumps({"commit": "abc+dirty"}), encoding="utf-8")
+    assert record.main(["--root", str(tmp_path)]) == 1
+    assert "uncommitted code: one" in capsys.readouterr().err

@@ -1,0 +1,94 @@
+"""Keep a profile's measured figures in git: ``python tools/record.py [--profile cpu]`` after a whole run.
+
+Writes ``results/<profile>-<device>.json`` from ``build/<profile>/results/``, copies the README's picture from
+the executed chapter, and renews the README's chapter table from those figures, so that no number in it is
+typed. Refuses figures that were made from uncommitted code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import yaml
+
+__all__ = ["chapter_table", "main", "renewed"]
+
+ROOT = Path(__file__).parents[1]
+PICTURE = ("short-run-1.png", "book/_static/short-run.png")
+BEGIN, END = "<!-- chapters: written by tools/record.py -->", "<!-- end of chapters -->"
+
+
+def chapter_table(root: Path, record: dict) -> str:
+    """The README's table: chapter, method, paper, device and minutes, from front matter and ``record``."""
+    lines = ["| chapter | method | paper | device | minutes |", "|---|---|---|---|---|"]
+    for name, result in record["chapters"].items():
+        page = root / "book" / f"{name}.md"
+        front = yaml.safe_load(page.read_text(encoding="utf-8").split("---\n", 2)[1])
+        link = f"[{front['title']}](book/{name}.md)"
+        cells = [link, front["method"], front["paper"], result["device"], f"{result['seconds'] / 60:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def renewed(readme: str, table: str) -> str:
+    """The README's text with its chapter table replaced; raises ``ValueError`` if the marks are missing."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md lacks the lines {BEGIN!r} and {END!r} around its chapter table")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Record one profile; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--profile", default="cpu")
+    parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    root, build = args.root, args.root / "build" / args.profile
+    toc = (root / "_toc.yml").read_text(encoding="utf-8")
+    results = {}
+    for name in re.findall(r"file: book/([\w-]+)", toc):
+        path = build / "results" / f"{name}.json"
+        if path.exists():
+            results[name] = json.loads(path.read_text(encoding="utf-8"))
+    dirty = [n for n, r in results.items() if not r["commit"] or r["commit"].endswith("+dirty")]
+    if not results or dirty:
+        what = f"were made from uncommitted code: {', '.join(dirty)}" if dirty else "are missing"
+        print(f"figures in {build} {what}; commit, then run the profile with --fresh", file=sys.stderr)
+        return 1
+    device = re.sub(r"[^a-z0-9]+", "-", next(iter(results.values()))["device"].lower()).strip("-")
+    record = {
+        "command": f"python book/run.py --profile {args.profile}",
+        "profile": args.profile,
+        "chapters": {
+            name: {key: value for key, value in result.items() if key not in ("key", "profile", "chapter")}
+            for name, result in results.items()
+        },
+    }
+    target = root / "results" / f"{args.profile}-{device}.json"
+    target.parent.mkdir(exist_ok=True)
+    _replace(target, json.dumps(record, indent=1) + "\n")
+    print(f"wrote {target.relative_to(root)}")
+    if args.profile == "cpu":
+        shutil.copy(build / "figures" / PICTURE[0], root / PICTURE[1])
+        readme = root / "README.md"
+        _replace(readme, renewed(readme.read_text(encoding="utf-8"), chapter_table(root, record)))
+        print(f"renewed README.md and {PICTURE[1]}")
+    return 0
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
