@@ -130,6 +130,14 @@ class Bank:
         if self.z is not None and draw.z is not None:
             self.z[at] = draw.z
 
+    def report(self) -> dict[str, float]:
+        """Mean and largest age (Langevin steps) and mean number of visits of the chains as they lie."""
+        return {
+            "mean_age": self.age.float().mean().item(),
+            "max_age": float(self.age.max()),
+            "mean_visits": self.visits.float().mean().item(),
+        }
+
     def stagger(self, visits: int, generator: torch.Generator | None = None) -> None:
         """Draw the visit counters uniformly from [0, visits), so that graduations spread evenly."""
         shape, device = self.visits.shape, self.visits.device

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from companion.networks import initialise
+
 __all__ = [
     "Coverage",
     "FeatureClassifier",
@@ -48,8 +50,6 @@ class FeatureClassifier(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        from companion.networks import initialise
-
         channels, height, side = shape
         self.convs = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ConvEnergy", "ConvGenerator", "MLP", "MLPEnergy", "MLPGenerator", "ResidualEnergy"]
+__all__ = ["ConvEnergy", "ConvGenerator", "MLP", "MLPEnergy", "MLPGenerator", "ResidualEnergy", "initialise"]
 
 
 class StackedLinear(nn.Module):
@@ -161,6 +161,8 @@ class ConvEnergy(nn.Module):
     -> ``(B,)``. Leaky ReLU 0.05, no normalisation. Width 32 at 32x32 costs 26 million multiplications.
     """
 
+    slope = 0.05
+
     def __init__(
         self,
         shape: tuple[int, int, int],
@@ -179,8 +181,33 @@ class ConvEnergy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for conv in self.convs:
-            x = F.leaky_relu(conv(x), 0.05)
+            x = F.leaky_relu(conv(x), self.slope)
         return self.head(x.flatten(1)).squeeze(1)
+
+    def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """E and its gradient in x, by hand: the backward pass of this network written out.
+
+        The numbers are autograd's up to rounding. On a CPU a step is about a fifth shorter: channels-last
+        convolutions need no re-ordering of their big inputs and outputs, and the activations are in place.
+        """
+        # Not .to(): images of one channel count as channels-last already, and would stay as they are.
+        h = x.clone(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+        sides, outputs = [], []
+        for conv in self.convs:
+            sides.append(h.shape[2:])
+            h = F.leaky_relu_(conv(h), self.slope)
+            outputs.append(h)
+        value = self.head(h.flatten(1)).squeeze(1)
+        grad = torch.empty_like(h).copy_(self.head.weight.unflatten(1, h.shape[1:]))  # (B, 8 width, H/8, W/8)
+        through_leaky_relu = torch.ops.aten.leaky_relu_backward.grad_input
+        for conv in reversed(self.convs):
+            # In place. True: leaky ReLU's output stands for its input, which has the same sign.
+            through_leaky_relu(grad, outputs.pop(), self.slope, True, grad_input=grad)
+            # The rows and columns on the far side that the stride left over, as 7 + 2 = 4 + 2 * 2 + 1.
+            rest = [(n + 2 * p - k) % s for n, p, k, s in zip(
+                sides.pop(), conv.padding, conv.kernel_size, conv.stride, strict=True)]  # fmt: skip
+            grad = F.conv_transpose2d(grad, conv.weight, None, conv.stride, conv.padding, rest)
+        return value, grad.contiguous()
 
 
 class ResidualEnergy(nn.Module):

@@ -91,7 +91,8 @@ def image_grid(ax: Axes, images: Tensor, columns: int, title: str | None = None)
         top, left = i // columns * (height + 1), i % columns * (width + 1)
         sheet[top : top + height, left : left + width] = image
     ax.imshow(sheet.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    ax.set_title(title)
+    if title is not None:
+        ax.set_title(title, fontsize=8, loc="left")
     ax.axis("off")
 
 

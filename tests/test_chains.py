@@ -46,6 +46,7 @@ def test_mid_run_mean_age_is_steps_over_p(rng):
 def test_no_bank_is_rejuvenation_one(rng):
     bank = Bank(8, born_from_noise((1,)), rejuvenation=1.0, generator=rng)
     assert (drive(bank, 50, 8, 30, rng) == 30).all()
+    assert bank.report() == {"mean_age": 30.0, "max_age": 30.0, "mean_visits": 1.0}
 
 
 @settings(max_examples=25, deadline=None)

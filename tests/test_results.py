@@ -50,6 +50,24 @@ def test_tuning_gives_every_arm_the_same_settings():
         assert {name: row[name] for name in expected} == expected
 
 
+def test_what_the_chapter_says_of_the_tuning_holds():
+    """Bank against no bank over the same settings: most at the trained age, all at four times that age."""
+    record = json.loads((ROOT / "results/tuning-short-run-digits.json").read_text(encoding="utf-8"))
+    arms = {
+        arm: {row["trial"]: row for row in record["trials"] if row["arm"] == arm and "fd" in row}
+        for arm in record["best"]
+    }
+    common = sorted(set.intersection(*map(set, arms.values())))
+    assert len(common) == 32
+
+    def wins(arm: str, other: str, figure: str) -> int:
+        return sum(sum(arms[arm][t][figure]) < sum(arms[other][t][figure]) for t in common)
+
+    assert wins("bank", "no_bank", "fd") > 24
+    assert wins("bank", "no_bank", "fd_4x") == 32
+    assert wins("noise_birth", "bank", "fd") > 16
+
+
 def test_readme_table_is_that_of_the_record():
     record = script("tools/record.py")
     files = sorted((ROOT / "results").glob("cpu-*.json"))
