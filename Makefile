@@ -1,0 +1,50 @@
+# `make` alone says what there is. Every target can be run again and again, from any state of .venv and build.
+PYTHON ?= python3
+PROFILE ?= cpu
+PY := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup course test lint format chapter book pages clean constraints
+
+help: ## what there is
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
+	  printf '  make %-12s %s\n' "$$name" "$$text"; done
+	@echo; echo '  PYTHON=python3.12 chooses the Python of setup, PROFILE=smoke|cpu|gpu|paper what is run.'
+
+setup: ## make or renew .venv (no time when nothing changed)
+	@command -v $(PYTHON) >/dev/null || { echo 'setup: error: no $(PYTHON) here; name one: make setup PYTHON=...'; exit 1; }
+	@$(PYTHON) tools/setup.py
+
+course: setup ## run every chapter in the cpu profile and build the book
+	$(PY) book/run.py --profile cpu
+
+book: setup ## the same for PROFILE
+	$(PY) book/run.py --profile $(PROFILE)
+
+chapter: setup ## one chapter, in the book: make chapter ONLY=short-run [SET="n_seeds=1 steps=60"] [PROFILE=...]
+	@test -n "$(ONLY)" || { echo 'which one? make chapter ONLY=<chapter>; there are:'; \
+	  $(PY) book/run.py --list | grep '^[a-z]'; exit 2; }
+	$(PY) book/run.py --profile $(PROFILE) --only $(ONLY) $(foreach setting,$(SET),--set '$(setting)')
+
+test: setup lint ## lint, unit tests, every chapter in the smoke profile, every page in a browser
+	$(PY) -m pytest -q -n 2 --ignore=tests/test_pages.py
+	$(PY) book/run.py --profile smoke
+	BOOK_SITE=build/smoke/html $(PY) -m pytest -q tests/test_pages.py
+
+pages: setup ## open every page of PROFILE's book in headless Chromium
+	BOOK_SITE=build/$(PROFILE)/html $(PY) -m pytest -q tests/test_pages.py
+
+lint: setup ## ruff, as the tests run it
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: setup ## put the code in shape
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+constraints: ## renew constraints.txt from a fresh environment
+	@$(PYTHON) tools/setup.py --freeze
+
+clean: ## remove what was built; .venv stays
+	rm -rf build .pytest_cache .ruff_cache .hypothesis

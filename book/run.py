@@ -1,0 +1,153 @@
+#!/usr/bin/env python
+"""Run chapters into a book: ``python book/run.py [--profile P] [--only CHAPTER ...] [--set name=value] ...``.
+
+Each chapter (a MyST text notebook) is converted with jupytext and executed with papermill, in a kernel of
+this very interpreter and with the project's root as its working directory; ``pages.py`` then stages what
+was executed and builds the book from it. A run leaves under ``build/<profile>/``:
+
+    executed/<chapter>.ipynb   the notebook with its outputs (failed/ has the partial ones)
+    results/<chapter>.json     the figures it recorded, and where they were made
+    figures/<chapter>-<n>.png  its images
+    logs/<chapter>.log         what its cells printed
+    html/                      the book
+
+A chapter whose source, parameters, companion and packages are unchanged is not run again. Exit status:
+0 done, 1 a chapter or the build failed, 2 something in the call is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keys
+import pages
+import plan
+from execute import ChapterFailed, execute
+from parameters import BookError
+from plan import Chapter, Layout, Profile
+from render import BuildFailed, build_book
+from tqdm import tqdm
+
+__all__ = ["is_current", "main"]
+
+
+def is_current(chapter: Chapter, values: dict[str, Any], layout: Layout) -> bool:
+    """Whether this very run of the chapter has been done and its notebook is still there."""
+    result = pages.read_result(layout, chapter)
+    return result is not None and result["key"] == keys.cache_key(
+        layout.root, chapter, values, layout.profile
+    )
+
+
+def _share_the_cores() -> None:
+    """Give the numerical libraries as many threads as this process may really use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # a container's quota, which the count above ignores
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = max(1, min(cores, int(quota) // int(period)))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, str(cores))
+    os.environ.setdefault("TQDM_MININTERVAL", "10")  # bars inside chapters go to a log, not to a terminal
+
+
+@contextlib.contextmanager
+def _alone(layout: Layout) -> Iterator[None]:
+    """Keep a second run out of this profile's folder; the lock goes with the process, however it ends."""
+    layout.build.mkdir(parents=True, exist_ok=True)
+    with (layout.build / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BookError(
+                f"another run is at work in {layout.shown(layout.build)}; let it end first"
+            ) from None
+        yield
+
+
+def _list(chapters: list[Chapter], values: dict[str, dict[str, Any]], layout: Layout) -> None:
+    for chapter in chapters:
+        state = "up to date" if is_current(chapter, values[chapter.name], layout) else "to run"
+        print(f"{chapter.name}  [{layout.profile}: {state}]")
+        for name, parameter in chapter.parameters.items():
+            print(f"    {name} = {values[chapter.name][name]!r:<24} {parameter.comment}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="book/run.py", description="Run chapters and build the book.")
+    parser.add_argument("--profile", default="cpu", help="smoke, cpu (default), gpu or paper")
+    parser.add_argument("--only", nargs="+", action="extend", default=[], metavar="CHAPTER")
+    parser.add_argument("--set", action="append", default=[], metavar="[CHAPTER.]NAME=VALUE", dest="settings")
+    parser.add_argument("--data", metavar="NAME_OR_PATH", help="data set for the chapters that take one")
+    parser.add_argument("--fresh", action="store_true", help="run chapters again even if nothing changed")
+    parser.add_argument("--no-build", action="store_true", help="run chapters, do not build the book")
+    parser.add_argument("--list", action="store_true", help="show chapters and parameters, run nothing")
+    parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help=argparse.SUPPRESS)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    layout = Layout(args.root.resolve(), args.profile)
+    chapters = plan.load_chapters(layout.root)
+    profile = plan.load_profile(layout.root, args.profile, chapters)
+    selected = plan.select(chapters, args.only)
+    settings = [plan.Setting.parse(text) for text in args.settings]
+    values = plan.resolve(chapters, selected, profile, settings, args.data)
+    if args.list:
+        _list(selected, values, layout)
+        return
+    _share_the_cores()
+    with _alone(layout):
+        progress = tqdm(selected, desc="chapters", unit="chapter", disable=not sys.stderr.isatty())
+        for number, chapter in enumerate(progress, start=1):
+            note = "unchanged, not run again"
+            if args.fresh or not is_current(chapter, values[chapter.name], layout):
+                result = execute(chapter, values[chapter.name], profile, layout)
+                note = f"{result['seconds']:.1f} s, peak memory {result['peak_memory_mb']:.0f} MB"
+            tqdm.write(f"[{number}/{len(selected)}] {chapter.name}: {note}")
+            sys.stdout.flush()
+        if not args.no_build:
+            build_book(layout, chapters, _stale(chapters, selected, profile, layout))
+
+
+def _stale(
+    chapters: dict[str, Chapter], selected: list[Chapter], profile: Profile, layout: Layout
+) -> list[str]:
+    """Chapters outside this run whose pages come from an earlier state of the project."""
+    others = [c for c in chapters.values() if c not in selected and c.name in profile.sections]
+    values = plan.resolve(chapters, others, profile)
+    done = [c for c in others if pages.read_result(layout, c) is not None]
+    return [c.name for c in done if not is_current(c, values[c.name], layout)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line ``argv`` and return its exit status; errors end as a message, not a traceback."""
+    args = _parser().parse_args(argv)
+    try:
+        _run(args)
+    except BookError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (ChapterFailed, BuildFailed) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted; finished chapters are kept, the same command goes on from here", file=sys.stderr
+        )
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    # Also when started with SIGINT ignored, as a shell does for a job in the background.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    sys.exit(main())

@@ -1,0 +1,507 @@
+"""The runner on a miniature project: what it runs, refuses, keeps, collects and builds."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "book"))
+
+import execute  # noqa: E402
+import keys  # noqa: E402
+import pages  # noqa: E402
+import parameters  # noqa: E402
+import plan  # noqa: E402
+import render  # noqa: E402
+import run  # noqa: E402
+
+HEAD = """---
+jupytext:
+  text_representation: {extension: .md, format_name: myst}
+kernelspec: {display_name: Python 3, language: python, name: python3}
+---
+
+# Chapter TITLE
+"""
+# The companion's environment() without torch, whose import is most of a small chapter's time.
+STUB = """
+def environment(device=None):
+    return {"device": "none", "versions": {"python": "3"}, "peak_memory_mb": 1.0}
+"""
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+def cell(source, options=""):
+    return f"\n```{{code-cell}} ipython3\n{options}{source}\n```\n"
+
+
+def chapter(title, *cells, defaults="seed = 3  # of all draws\nsize = 10  # points\n"):
+    return HEAD.replace("TITLE", title) + cell(defaults, ":tags: [parameters]\n\n") + "".join(cells)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project of the same shape as the real one; ``project(first=..., second=...)`` writes its chapters."""
+
+    def write(stub=True, **chapters):
+        book = tmp_path / "book"
+        (book / "profiles").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "companion").mkdir(exist_ok=True)
+        record = STUB if stub else (ROOT / "companion" / "record.py").read_text(encoding="utf-8")
+        (tmp_path / "companion" / "__init__.py").touch()
+        (tmp_path / "companion" / "record.py").write_text(record, encoding="utf-8")
+        shutil.copy(ROOT / "_config.yml", tmp_path)
+        shutil.copytree(ROOT / "book" / "_static", book / "_static", dirs_exist_ok=True)
+        (book / "references.bib").touch()
+        (book / "index.md").write_text("# Mini\n\nA book of $n$ chapters, made for its tests.\n")
+        names = [f"book/{name}" for name in chapters]
+        toc = {"format": "jb-book", "root": "book/index"}
+        toc["chapters"] = [{"file": name} for name in [*names, "book/results"]]
+        (tmp_path / "_toc.yml").write_text(json.dumps(toc))
+        for profile in ("smoke", "cpu"):
+            sections = {name: {} for name in chapters}
+            (book / "profiles" / f"{profile}.yml").write_text(json.dumps(sections))
+        for name, text in chapters.items():
+            (book / f"{name}.md").write_text(text, encoding="utf-8")
+        return tmp_path
+
+    return write
+
+
+@pytest.fixture
+def book(capsys):
+    """Run the command line in this process; gives the exit status and what it printed."""
+
+    def call(root, *arguments):
+        status = run.main([*arguments, "--root", str(root)])
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    return call
+
+
+def result(root, name, profile="cpu"):
+    return json.loads((root / "build" / profile / "results" / f"{name}.json").read_text())
+
+
+# --- what it refuses ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--set", "sede=1"], "unknown parameter 'sede'; did you mean 'seed'?"),
+        (["--set", "first.sise=1"], "unknown parameter 'sise'; did you mean 'size'?"),
+        (["--set", "frist.size=1"], "unknown chapter 'frist'; did you mean 'first'?"),
+        (["--set", "second.size=1", "--only", "first"], "not selected by --only"),
+        (["--only", "secnd"], "unknown chapter 'secnd'; did you mean 'second'? Known: first, second."),
+        (["--profile", "smok"], "unknown profile 'smok'; did you mean 'smoke'?"),
+        (["--set", "size=big"], "'big' is a str, but the parameter is an int (default 10)"),
+        (["--set", "size=1.5"], "1.5 is a float, but the parameter is an int"),
+        (["--set", "size"], "write --set name=value"),
+        (["--data", "digits"], "unknown parameter 'data'"),
+    ],
+)
+def test_a_wrong_call_is_refused_with_the_nearest_name(project, book, arguments, says):
+    status, printed = book(project(first=chapter("One"), second=chapter("Two")), *arguments)
+    assert status == 2
+    assert says in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("profile", "says"),
+    [
+        (
+            "first: {sise: 1}\nsecond: {}\n",
+            "cpu.yml, section first: unknown parameter 'sise'; did you mean 'size'?",
+        ),
+        ("frist: {}\nsecond: {}\n", "unknown chapter 'frist'; did you mean 'first'?"),
+        ("first: {size: yes}\nsecond: {}\n", "True is a bool, but the parameter is an int"),
+        ("first: {}\n", "has no section for 'second'"),
+        ("run: {cell_timout: 3}\n", "unknown run option 'cell_timout'; did you mean 'cell_timeout'?"),
+        ("first: [1\n", "not valid YAML"),
+    ],
+)
+def test_a_wrong_profile_is_refused(project, book, profile, says):
+    root = project(first=chapter("One"), second=chapter("Two"))
+    (root / "book" / "profiles" / "cpu.yml").write_text(profile)
+    status, printed = book(root)
+    assert status == 2
+    assert says in printed
+
+
+def test_a_page_that_toc_names_must_exist(project, book):
+    root = project(first=chapter("One"))
+    (root / "book" / "first.md").rename(root / "book" / "firsts.md")
+    status, printed = book(root)
+    assert status == 2
+    assert "unknown page 'book/first'; did you mean 'book/firsts'?" in printed
+
+
+def test_parameters_cells_are_read_checked_and_rewritten():
+    source = (
+        'a: int = 1  # count\nrates = [\n    0.1,\n    0.2,\n]  # both\nname = "é"  # a word\nnone = None'
+    )
+    found = parameters.read_parameters(source, "here")
+    assert {name: p.default for name, p in found.items()} == {
+        "a": 1,
+        "rates": [0.1, 0.2],
+        "name": "é",
+        "none": None,
+    }
+    assert [p.comment for p in found.values()] == ["count", "both", "a word", ""]
+    shown = parameters.with_values(source, {"a": 7, "rates": [1.0], "name": "ü", "none": None})
+    assert shown == 'a: int = 7  # count\nrates = [1.0]  # both\nname = "ü"  # a word\nnone = None'
+    with pytest.raises(parameters.BookError, match="line 2: the value of 'b' is not a literal"):
+        parameters.read_parameters("a = 1\nb = a + 1", "here")
+    with pytest.raises(parameters.BookError, match="line 1 is not `name = value`: import os"):
+        parameters.read_parameters("import os", "here")
+
+
+def test_values_take_the_type_of_their_default():
+    assert parameters.agree(0.1, "1e-3", "x") == 1e-3  # a string for YAML 1.1
+    assert isinstance(parameters.agree(0.1, 2, "x"), float)
+    assert parameters.agree([0.1], [1, "1e-2"], "x") == [1.0, 0.01]
+    for default, value in [(1, True), (0.1, True), ("a", 1), (True, 1), ([1], 1), ([1], [0.5]), (1, None)]:
+        with pytest.raises(parameters.BookError):
+            parameters.agree(default, value, "x")
+
+
+def test_data_is_a_name_or_a_path_that_exists(project, tmp_path, monkeypatch):
+    root = project(first=chapter("One", defaults='data = "digits"  # which\n'))
+    chapters = plan.load_chapters(root)
+    profile = plan.load_profile(root, "cpu", chapters)
+
+    def resolved(data):
+        return plan.resolve(chapters, list(chapters.values()), profile, [], data)["first"]["data"]
+
+    assert resolved("mnist") == "mnist"
+    with pytest.raises(parameters.BookError, match=r"mine\.npz: no such file or folder"):
+        resolved("mine.npz")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.npz").write_bytes(b"1")
+    assert resolved("mine.npz") == str(tmp_path / "mine.npz")
+    first = keys.cache_key(root, chapters["first"], {"data": resolved("mine.npz")}, "cpu")
+    (tmp_path / "mine.npz").write_bytes(b"22")
+    assert keys.cache_key(root, chapters["first"], {"data": resolved("mine.npz")}, "cpu") != first
+
+
+# --- a whole run ----------------------------------------------------------------------------------
+
+
+def test_a_run_collects_builds_and_is_not_repeated(project, book):
+    figures = cell(
+        "from companion.record import record\n"
+        "record('mean', [size, size + 2])\n"
+        "_ = record('count', size)\n"
+        "import sys; print('to the log'); print('a', 'warning', file=sys.stderr)"
+    )
+    image = cell(
+        f"import base64\nfrom IPython.display import Image\nImage(base64.b64decode('{PIXEL}'))",
+        '---\nmystnb:\n  image:\n    alt: "One pixel."\n---\n',
+    )
+    solution = (
+        "\n```{exercise} Twice\n:label: twice\nDouble it.\n```\n"
+        "\n````{solution-start} twice\n:class: dropdown\n````\n"
+        + cell("2 * size")
+        + "\n````{solution-end}\n````\n"
+    )
+    prose = "\nIts mean is {glue:text}`mean:.1f` and $x^2$; see [the other](second.md).\n"
+    root = project(
+        stub=False,
+        first=chapter("One", figures, prose, image, solution),
+        second=chapter("Two", "\nSome words, so that the page is not empty.\n"),
+    )
+    status, printed = book(root, "--set", "first.size=4")
+    assert status == 0, printed
+    assert "[1/2] first: " in printed and "book: 4 pages" in printed
+
+    found = result(root, "first")
+    assert found["figures"] == {"mean": 5.0, "mean_sd": pytest.approx(2**0.5), "mean_n": 2, "count": 4}
+    assert found["parameters"] == {"seed": 3, "size": 4}
+    assert (found["chapter"], found["profile"], found["seed"], found["commit"]) == ("first", "cpu", 3, None)
+    assert found["device"].startswith("cpu (") and "torch" in found["versions"]
+    assert found["peak_memory_mb"] > 50 and found["seconds"] > 0 and found["finished"].endswith("+00:00")
+    build = root / "build" / "cpu"
+    assert (build / "logs" / "first.log").read_text().split("\n")[:2] == ["to the log", "a warning"]
+    assert (build / "figures" / "first-1.png").read_bytes().startswith(b"\x89PNG")
+
+    page = (build / "html" / "book" / "first.html").read_text()
+    assert "Its mean is 5.0 and" in " ".join(re.sub("<[^>]+>", "", page).split())
+    assert 'alt="One pixel."' in page and 'href="second.html"' in page
+    assert '<span class="mi">4</span>' in page  # the parameters cell shows what was run
+    for hidden in ("injected-parameters", "_environment", "a warning", str(root)):
+        assert hidden not in page
+        assert hidden not in (build / "html" / "_sources" / "book" / "first.ipynb").read_text()
+    results = (build / "html" / "book" / "results.html").read_text()
+    assert "5.0 ± 1.4" in results
+
+    before = time.perf_counter()
+    status, printed = book(root, "--set", "first.size=4")
+    assert status == 0
+    assert printed.count("unchanged, not run again") == 2 and "book: unchanged" in printed
+    assert time.perf_counter() - before < 10
+
+    # A page that is lost is built again; a chapter that the toc names but no page shows is an error.
+    (build / "html" / "book" / "second.html").unlink()
+    assert render.check_site(build / "html", ["book/first", "book/second"]) == [
+        "book/second: in _toc.yml, but the book has no book/second.html"
+    ]
+
+
+def test_keys_follow_everything_that_a_result_depends_on(project):
+    root = project(first=chapter("One"))
+
+    def key(profile="cpu", **values):
+        found = plan.load_chapters(root)["first"]
+        return keys.cache_key(root, found, {"seed": 3, "size": 10, **values}, profile)
+
+    seen = [key(), key(size=11), key(profile="smoke")]
+    assert key() == seen[0]
+    (root / "companion" / "record.py").write_text(STUB + "\n# other\n")
+    seen.append(key())
+    (root / "companion" / "more").mkdir()
+    (root / "companion" / "more" / "part.py").write_text("x = 1\n")
+    seen.append(key())
+    (root / "book" / "first.md").write_text(chapter("One") + "\nOne more sentence.\n")
+    seen.append(key())
+    assert len(set(seen)) == len(seen)
+    assert {"torch", "papermill", "jupyter-book", "nbclient", "sphinx"} <= keys.package_versions().keys()
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
+def test_failures_are_explained_and_earlier_results_stay(project, book):
+    good = chapter("One", cell("print(size)"))
+
+    def second(source, **options):
+        return project(first=good, second=chapter("Two", cell("x = 1"), cell(source)), **options)
+
+    root = second("y = x + 1\nraise RuntimeError(f'y is {y}')")
+    build = root / "build" / "cpu"
+    status, printed = book(root)
+    assert status == 1
+    assert "FAILED second, code cell 3 of 3 (book/second.md, line 22)" in printed
+    assert "    raise RuntimeError(f'y is {y}')" in printed and "RuntimeError: y is 2" in printed
+    assert "partial notebook: build/cpu/failed/second.ipynb" in printed
+    partial = nbformat.read(build / "failed" / "second.ipynb", as_version=4)
+    assert any("x = 1" in part.source and part.execution_count for part in partial.cells)
+    first_run = result(root, "first")
+    assert not (build / "results" / "second.json").exists()
+    assert not (build / "executed" / "second.ipynb").exists()
+
+    # A killed kernel. The chapter before it is not run again.
+    status, printed = book(second("import os\nos.kill(os.getpid(), 9)"))
+    assert status == 1
+    assert "first: unchanged, not run again" in printed
+    assert "FAILED second, code cell 3 of 3" in printed and "DeadKernelError" in printed
+    assert "    os.kill(os.getpid(), 9)" in printed
+
+    # A cell that takes too long.
+    root = second("import time\ntime.sleep(60)")
+    (root / "book" / "profiles" / "cpu.yml").write_text("run: {cell_timeout: 1}\nfirst: {}\nsecond: {}\n")
+    status, printed = book(root)
+    assert status == 1
+    assert "CellTimeoutError: the cell ran longer than 1 s" in printed and "time.sleep(60)" in printed
+
+    # A chapter that leaves early would look complete to papermill.
+    status, printed = book(second("import sys\nsys.exit(0)"))
+    assert status == 1
+    assert "does a cell call exit()?" in printed
+    assert "FAILED second (book/second.md, profile cpu)" in printed
+
+    # A figure that says nothing to those who do not see it; other profiles and chapters are not touched.
+    status, printed = book(
+        second(f"import base64\nfrom IPython.display import Image\nImage(base64.b64decode('{PIXEL}'))")
+    )
+    assert status == 2
+    assert "figures without alt text" in printed and "book/second.md, code cell 3: import base64" in printed
+    assert result(root, "first") == first_run
+
+    # --fresh runs what is up to date.
+    assert "first: unchanged" not in book(root, "--fresh", "--no-build", "--only", "first")[1]
+    assert result(root, "first")["key"] == first_run["key"]
+    assert result(root, "first") != first_run
+
+
+def processes_in(folder):
+    """Living processes that work in a folder (Linux)."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (entry / "cwd").resolve() == folder and (entry / "stat").read_text().split()[2] != "Z":
+                found.append(entry.name)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_no_kernel_and_goes_on(project, book, number):
+    slow = cell(
+        "import os, pathlib, subprocess, time\n"
+        "if not pathlib.Path('go').exists():\n"
+        "    child = subprocess.Popen(['sleep', '60'])\n"
+        "    pathlib.Path('pids').write_text(f'{os.getpid()} {child.pid} .')\n"
+        "    time.sleep(60)"
+    )
+    root = project(first=chapter("One", "\nWords.\n"), second=chapter("Two", slow, "\nMore words.\n"))
+    command = [sys.executable, str(ROOT / "book" / "run.py"), "--root", str(root), "--no-build"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root.parent
+    )
+    pids = root / "pids"
+    end = time.monotonic() + 60
+    while not (pids.exists() and pids.read_text().endswith(".")) and time.monotonic() < end:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, printed
+    assert "finished chapters are kept" in printed and "Traceback" not in printed
+    kernel, child, _ = pids.read_text().split()
+    for pid in (kernel, child):
+        status = Path(f"/proc/{pid}/stat")
+        assert not status.exists() or status.read_text().split()[2] == "Z", f"process {pid} is still there"
+    if Path("/proc").exists():
+        assert not processes_in(root.resolve())
+    build = root / "build" / "cpu"
+    left = {path.name for folder in ("executed", "results", "running") for path in (build / folder).iterdir()}
+    assert left == {"first.ipynb", "first.json"}
+
+    if number == signal.SIGINT:  # once is enough: the next run goes on where this one stopped
+        (root / "go").touch()
+        status, printed = book(root, "--no-build")
+        assert status == 0
+        assert "first: unchanged, not run again" in printed and "[2/2] second: " in printed
+        assert result(root, "second")["seed"] == 3
+
+
+def test_two_runs_of_one_profile_do_not_mix(project, book):
+    root = project(first=chapter("One"))
+    with run._alone(plan.Layout(root, "cpu")):
+        status, printed = book(root)
+    assert status == 2
+    assert "another run is at work in build/cpu" in printed
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def glued(name, text, prefix="application/papermill.record/"):
+    metadata = {"scrapbook": {"name": name, "mime_prefix": prefix}}
+    return nbformat.v4.new_output("display_data", {f"{prefix}text/plain": text}, metadata=metadata)
+
+
+def notebook(*outputs):
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=list(outputs))])
+
+
+def test_glued_numbers():
+    outputs = [
+        glued("a", "1.5"),
+        glued("b", "3", prefix=""),
+        glued("c", "np.float64(2.0)"),
+        glued("d", "'x'"),
+    ]
+    assert execute.glued_numbers(notebook(*outputs, glued("a", "1.5"))) == {"a": 1.5, "b": 3, "c": 2.0}
+    with pytest.raises(parameters.BookError, match="'a' was recorded twice, as 1.5 and as 1.6"):
+        execute.glued_numbers(notebook(glued("a", "1.5"), glued("a", "1.6")))
+    with pytest.raises(parameters.BookError, match="'a' is nan"):
+        execute.glued_numbers(notebook(glued("a", "nan")))
+
+
+def test_a_quantity_is_shown_to_two_digits_of_its_spread():
+    assert pages._quantity(12.3456, 0.561) == "12.35 ± 0.56"
+    assert pages._quantity(0.00123456, 0.00001234) == "0.001235 ± 0.000012"
+    assert pages._quantity(1234.5, 56.0) == "1234 ± 56"
+    assert pages._quantity(5, None) == "5"
+    assert pages._quantity(0.3333333, 0.0) == "0.3333"
+
+
+def test_a_partial_table_of_contents():
+    toc = {
+        "format": "jb-book",
+        "root": "book/index",
+        "parts": [
+            {"caption": "A", "chapters": [{"file": "book/a", "sections": [{"file": "book/b"}]}]},
+            {"caption": "C", "numbered": True, "chapters": [{"file": "book/c"}]},
+        ],
+    }
+    assert list(plan.toc_documents(toc)) == ["book/index", "book/a", "book/b", "book/c"]
+    kept = plan.restrict_toc(toc, {"book/index", "book/a"})
+    assert kept["parts"] == [{"caption": "A", "chapters": [{"file": "book/a"}]}]
+    assert plan.restrict_toc(toc, set(plan.toc_documents(toc))) == toc
+
+
+def test_links_between_chapters_fit_the_stage():
+    text = "[one](one.md), [its start](./one.md#start), [two](two.md), [page](index.md), [out](https://x.org/one.md)"
+    shown = pages.with_links(text, {"book/one"}, {"book/two"})
+    assert shown == (
+        "[one](one.ipynb), [its start](one.ipynb#start), two, [page](index.md), [out](https://x.org/one.md)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("html", "says"),
+    [
+        ("<article><h1>T</h1><p>one two three four five six</p></article>", []),
+        ("<article><p>one two three four five six</p></article>", ["no <h1> in the article"]),
+        ("<article><h1>T</h1></article>", ["no text in the article"]),
+        (
+            "<article><h1>T</h1><p>one two three four five six</p><img src='a.png' alt=' '></article>",
+            ["image without alt text: a.png"],
+        ),
+        (
+            "<script src='//cdn.org/x.js'></script><link rel='canonical' href='https://me.org'>"
+            "<article><h1>T</h1><p>one two three four five <a href='https://b.org'>six</a></p></article>",
+            ["loads //cdn.org/x.js from another host"],
+        ),
+        (
+            "<style>@import 'https://f.org/a.css'; b {background: url(https://g.org/i.png)}</style>"
+            "<article><h1>T</h1><p>one two three four five six</p></article>",
+            ["loads https://f.org/a.css from another host", "loads https://g.org/i.png from another host"],
+        ),
+    ],
+)
+def test_pages_are_checked(html, says):
+    assert render.check_page(html) == says
+
+
+@pytest.mark.parametrize(
+    ("origin", "source"),
+    [
+        ("https://user:secret@forge.org/me/book.git", "git+https://forge.org/me/book.git@HEAD"),
+        ("git@forge.org:me/book.git", "git+https://forge.org/me/book.git@HEAD"),
+        ("ssh://git@forge.org:2222/me/book.git", "git+https://forge.org/me/book.git@HEAD"),
+        ("/srv/git/book.git", None),
+        ("file:///srv/git/book.git", None),
+        (None, None),
+    ],
+)
+def test_the_install_line_names_the_public_origin(monkeypatch, origin, source):
+    monkeypatch.setattr(pages, "_git", lambda root, *args: origin if args[0] == "remote" else "HEAD")
+    assert pages.install_source(ROOT) == source
+    shown = pages.readable(
+        nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('INSTALL = "downhill-with-noise"')]),
+        {},
+        source,
+    )
+    assert shown.cells[0].source == f'INSTALL = "{source or "downhill-with-noise"}"'
+
+
+def test_the_kernel_s_threads_fit_the_machine(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    run._share_the_cores()
+    assert 1 <= int(os.environ["OMP_NUM_THREADS"]) <= (os.cpu_count() or 1)

@@ -1,0 +1,183 @@
+"""Every page of the built book in headless Chromium, at desktop and phone width.
+
+``BOOK_SITE`` names the folder of the site (default: the smoke profile's). ``BOOK_SCREENSHOTS``, if set, names
+a folder that gets a picture of each page, by day and by night. Without a browser the tests are skipped,
+except where ``CI=true``: there nothing may be skipped in silence.
+"""
+
+import functools
+import http.server
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SITE = Path(os.environ.get("BOOK_SITE") or ROOT / "build" / "smoke" / "html").resolve()
+PAGES = sorted(path.relative_to(SITE).as_posix() for path in SITE.glob("book/*.html"))
+VIEWPORTS = {"desktop": (1280, 900), "phone": (390, 844)}
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+# What sticks out of the window, for the message: the innermost few that no box of their own scrolls.
+STICKS_OUT = """() => [...document.querySelectorAll('body *')].filter(e => {
+    const r = e.getBoundingClientRect();
+    if (!r.width || r.right <= innerWidth + 1) return false;
+    for (let p = e; p && p !== document.body; p = p.parentElement)
+        if (['auto', 'scroll', 'hidden', 'clip'].includes(getComputedStyle(p).overflowX)) return false;
+    return true;
+}).slice(-5).map(e => e.outerHTML.slice(0, 160))"""
+RAW_MATHS = """() => {
+    const article = document.querySelector('article').cloneNode(true);
+    article.querySelectorAll('pre, code, script, style, mjx-container').forEach(e => e.remove());
+    return (article.textContent.match(/\\\\\\(|\\\\\\[|\\$\\$/g) || []).length;
+}"""
+OPEN_ALL = """() => {
+    document.querySelectorAll('article details').forEach(e => { e.open = true; });
+    document.querySelectorAll('article .toggle-button-hidden').forEach(e => e.click());
+}"""
+IMAGES = """async () => Promise.all([...document.querySelectorAll('article img')].map(async image => {
+    image.loading = 'eager';
+    try { await image.decode(); } catch (error) { /* width 0 tells */ }
+    return {source: image.src, alt: image.alt.trim(), width: image.naturalWidth};
+}))"""
+
+
+def unavailable(reason):
+    """Skip, but fail in CI and where a site was asked for by name."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{reason}; CI must not skip the pages", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def site():
+    """The site's address on a server of its own."""
+    if not PAGES:
+        reason = f"no built book in {SITE}; run `python book/run.py --profile smoke` first"
+        if os.environ.get("BOOK_SITE"):
+            pytest.fail(reason, pytrace=False)
+        unavailable(reason)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(SITE))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        unavailable("playwright is not installed; run `make setup`")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next((found for name in names if (found := shutil.which(name))), None)
+    if path is None:
+        unavailable("no Chromium on this machine; install the package `chromium`")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+class Visit:
+    """One page opened in a window of its own, with all that went wrong while it loaded."""
+
+    def __init__(self, browser, site, size, mode="light"):
+        self.context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=mode)
+        self.context.set_default_timeout(20_000)
+        self.page = self.context.new_page()
+        self.site, self.problems = site, []
+        host = urlsplit(site).netloc
+        self.page.route(
+            lambda url: urlsplit(url).scheme in ("http", "https") and urlsplit(url).netloc != host,
+            lambda route: (self.problems.append(f"asks another host: {route.request.url}"), route.abort()),
+        )
+        self.page.on("console", lambda m: m.type == "error" and self.problems.append(f"console: {m.text}"))
+        self.page.on("pageerror", lambda error: self.problems.append(f"script error: {error}"))
+        self.page.on("requestfailed", lambda r: self.problems.append(f"failed: {r.url} {r.failure}"))
+        self.page.on("response", lambda r: r.status >= 400 and self.problems.append(f"{r.status}: {r.url}"))
+
+    def open(self, path):
+        self.page.goto(f"{self.site}/{path}", wait_until="load")
+        if self.page.evaluate("typeof MathJax !== 'undefined'"):
+            self.page.wait_for_function("MathJax.startup && MathJax.startup.promise")
+            self.page.evaluate("MathJax.startup.promise.then(() => true)")
+        return self.page
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.context.close()
+
+
+def picture(page, name):
+    if folder := os.environ.get("BOOK_SCREENSHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=True)
+
+
+def test_there_are_pages(site):
+    assert "book/index.html" in PAGES
+    assert len(PAGES) > 1
+
+
+@pytest.mark.parametrize("viewport", VIEWPORTS)
+@pytest.mark.parametrize("path", PAGES)
+def test_page(browser, site, path, viewport):
+    source = (SITE / path).read_text(encoding="utf-8")
+    with Visit(browser, site, VIEWPORTS[viewport]) as visit:
+        page = visit.open(path)
+        if 'class="math ' in source:
+            assert page.locator("article mjx-container").count() > 0, "no mathematics was rendered"
+        assert page.locator("mjx-merror, [data-mjx-error]").count() == 0, "MathJax could not read a formula"
+        assert page.evaluate(RAW_MATHS) == 0, "mathematics left as source"
+        for image in page.evaluate(IMAGES):
+            assert image["alt"], f"no alt text: {image['source']}"
+            assert image["width"] > 0, f"not shown: {image['source']}"
+        # Every dropdown open: what is hidden at first must fit too.
+        page.evaluate(OPEN_ALL)
+        width = page.evaluate("document.scrollingElement.scrollWidth")
+        inner = page.evaluate("window.innerWidth")
+        assert width <= inner, f"{width} px wide in a window of {inner}: {page.evaluate(STICKS_OUT)}"
+        name = f"{Path(path).stem}-{viewport}"
+        picture(page, name)
+        if os.environ.get("BOOK_SCREENSHOTS"):
+            page.evaluate("document.documentElement.dataset.theme = 'dark'")
+            picture(page, f"{name}-dark")
+        assert not visit.problems
+
+
+def test_dark_mode_by_the_reader_s_setting(browser, site):
+    with Visit(browser, site, VIEWPORTS["desktop"], mode="dark") as visit:
+        page = visit.open("book/index.html")
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert max(int(part) for part in re.findall(r"\d+", colour)[:3]) < 80, f"a light page: {colour}"
+        assert not visit.problems
+
+
+def test_search_finds_a_page(browser, site):
+    with Visit(browser, site, VIEWPORTS["desktop"]) as visit:
+        page = visit.open("search.html?q=energy")
+        page.wait_for_selector("ul.search li a")
+        assert not visit.problems
