@@ -25,7 +25,7 @@ BEGIN, END = "<!-- chapters: written by tools/record.py -->", "<!-- end of chapt
 
 
 def chapter_table(root: Path, record: dict) -> str:
-    """The README's table: chapter, method, paper, device and minutes, from front matter and ``record``."""
+    """The README's table of chapters and the minutes that they took, from front matter and ``record``."""
     lines = ["| chapter | method | paper | device | minutes |", "|---|---|---|---|---|"]
     for name, result in record["chapters"].items():
         page = root / "book" / f"{name}.md"
@@ -33,6 +33,10 @@ def chapter_table(root: Path, record: dict) -> str:
         link = f"[{front['title']}](book/{name}.md)"
         cells = [link, front["method"], front["paper"], result["device"], f"{result['seconds'] / 60:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
+    results = record["chapters"].values()
+    minutes = sum(result["seconds"] for result in results) / 60
+    torch = ", ".join(sorted({result["versions"]["torch"] for result in results}))
+    lines += ["", f"Together {minutes:.1f} minutes in the `{record['profile']}` profile (torch {torch})."]
     return "\n".join(lines)
 
 
