@@ -15,6 +15,9 @@ from torch import Tensor, nn
 __all__ = ["ConvEnergy", "ConvGenerator", "MLP", "MLPEnergy", "MLPGenerator", "ResidualEnergy", "initialise"]
 
 
+aten = torch.ops.aten  # the activations' own backward passes, as autograd calls them
+
+
 class StackedLinear(nn.Module):
     """x @ W + b with W ``(*stack, in, out)``: S independent layers when stack is ``(S,)``.
 
@@ -37,6 +40,8 @@ class StackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None:
             return x @ self.weight
+        if x.ndim == 2:
+            return torch.addmm(self.bias, x, self.weight)
         if self.weight.ndim == 2:
             return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
         return torch.baddbmm(self.bias, x, self.weight)
@@ -111,26 +116,20 @@ class MLPEnergy(nn.Module):
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """E and its gradient in x, by hand: the backward pass of this network written out.
 
-        The numbers are autograd's up to rounding; the sampler's inner loop is a third shorter, because
-        no graph is built and silu' = s + silu (1 - s) reuses the forward's s = sigmoid(h).
+        The numbers are autograd's up to rounding; the sampler's inner loop is a quarter shorter, because
+        no graph is built.
         """
         *inner, last = [layer for layer in self.net.layers if isinstance(layer, StackedLinear)]
-        h, slopes = x.flatten(-len(self.shape)), []
+        h, before = x.flatten(-len(self.shape)), []
         for layer in inner:
-            h = layer(h)
-            if self.smooth:
-                s = torch.sigmoid(h)
-                h = h.mul_(s)
-                slopes.append(s.addcmul_(h, s, value=-1).add_(h))  # in place: no fresh memory to fault in
-            else:
-                slopes.append(h > 0)
-                h = h.relu_()
+            before.append(layer(h))
+            h = F.silu(before[-1]) if self.smooth else F.relu(before[-1])
         value = last(h).squeeze(-1)
-        grad = slopes.pop() * last.weight.mT  # (*stack, B, H) * (*stack, 1, H)
+        grad = last.weight.mT.expand_as(h)  # (*stack, 1, H) -> (*stack, B, H)
         for layer in reversed(inner):
+            h = before.pop()
+            grad = aten.silu_backward(grad, h) if self.smooth else aten.threshold_backward(grad, h, 0)
             grad = grad @ layer.weight.mT
-            if slopes:
-                grad.mul_(slopes.pop())
         return value, grad.unflatten(-1, self.shape)
 
 
@@ -199,10 +198,9 @@ class ConvEnergy(nn.Module):
             outputs.append(h)
         value = self.head(h.flatten(1)).squeeze(1)
         grad = torch.empty_like(h).copy_(self.head.weight.unflatten(1, h.shape[1:]))  # (B, 8 width, H/8, W/8)
-        through_leaky_relu = torch.ops.aten.leaky_relu_backward.grad_input
         for conv in reversed(self.convs):
             # In place. True: leaky ReLU's output stands for its input, which has the same sign.
-            through_leaky_relu(grad, outputs.pop(), self.slope, True, grad_input=grad)
+            aten.leaky_relu_backward.grad_input(grad, outputs.pop(), self.slope, True, grad_input=grad)
             # The rows and columns on the far side that the stride left over, as 7 + 2 = 4 + 2 * 2 + 1.
             rest = [(n + 2 * p - k) % s for n, p, k, s in zip(
                 sides.pop(), conv.padding, conv.kernel_size, conv.stride, strict=True)]  # fmt: skip
