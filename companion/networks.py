@@ -183,6 +183,7 @@ class ConvEnergy(nn.Module):
             x = F.leaky_relu(conv(x), self.slope)
         return self.head(x.flatten(1)).squeeze(1)
 
+    @torch.no_grad()  # it works in place
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """E and its gradient in x, by hand: the backward pass of this network written out.
 
