@@ -54,7 +54,7 @@ def trial(job: tuple[str, int, dict[str, float], int, str]) -> dict[str, object]
     digits, start = data.load(source), time.perf_counter()
     rng = torch.Generator().manual_seed(7)
     net = metrics.train_classifier(digits.x_train, digits.y_train, generator=rng)
-    reference = net.features(data.dequantise(digits.x_validation, digits.levels, rng))
+    reference = net.embed(data.dequantise(digits.x_validation, digits.levels, rng))
     rng.manual_seed(20_000 + number)
     sampling = {name: chosen[name] for name in ("temperature", "step_size")}
     run = lifecycle.short_run(
@@ -68,7 +68,7 @@ def trial(job: tuple[str, int, dict[str, float], int, str]) -> dict[str, object]
         )  # fmt: skip
         scores, _ = lifecycle.quality_over_steps(
             run, (0, STEPS, 4 * STEPS), len(reference),
-            lambda x: metrics.frechet_distance(net.features(x), reference), rng=rng, **sampling,
+            lambda x: metrics.frechet_distance(net.embed(x), reference), rng=rng, **sampling,
         )  # fmt: skip
         for name, values in zip(("fd_start", "fd", "fd_4x"), scores, strict=True):
             row[name] = [round(value, 4) for value in values]

@@ -70,6 +70,12 @@ class FeatureClassifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
 
+    @torch.no_grad()
+    def embed(self, x: Tensor, batch: int = 1000) -> Tensor:
+        """The features of many images, ``(N, features)``, a batch at a time: the maps of a whole data set
+        would take gigabytes."""
+        return torch.cat([self.features(part) for part in x.split(batch)])
+
 
 def train_classifier(
     x: Tensor,

@@ -57,6 +57,7 @@ def test_classifier_learns_and_features_have_its_width(rng):
         x[i, 0, 2 * label : 2 * label + 2] = 1.0
     net = metrics.train_classifier(x, y, epochs=20, batch=50, features=7, generator=rng)
     assert (net(x).argmax(1) == y).float().mean() > 0.99
+    torch.testing.assert_close(net.embed(x, batch=33), net.features(x))
     assert net.features(x).shape == (200, 7) and not any(p.requires_grad for p in net.parameters())
 
 
