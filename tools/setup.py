@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OLDEST = (3, 11)
 EXTRAS = "book,test"
 IMPORTS = (
-    "companion, jupyter_book, jupytext, matplotlib, nbclient, papermill, pytest, safetensors, sklearn, torch"
+    "companion, companion.graphs, jupyter_book, jupytext, matplotlib, nbclient, networkx, papermill, pytest, "
+    "safetensors, sklearn, torch, torch_geometric"
 )
 STAMP, UNFINISHED = "downhill-setup.json", "downhill-unfinished"
 # Parts of torch that exist on some platforms only, and tools that pip itself brings.
