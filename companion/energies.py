@@ -15,7 +15,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from scipy import integrate
 from torch import Tensor, nn
 
 __all__ = [
@@ -24,6 +23,7 @@ __all__ = [
     "DoubleWell",
     "Energy",
     "Gaussian",
+    "GaussianBernoulliRBM",
     "GaussianMixture",
     "Rings",
     "energy_and_gradient",
@@ -189,6 +189,13 @@ class GaussianMixture(Analytic):
         line = (torch.arange(side) - (side - 1) / 2) * spacing
         return cls(torch.cartesian_prod(line, line), std)
 
+    @classmethod
+    def moons(cls, points: int = 24, radius: float = 1.5, std: float = 0.15) -> GaussianMixture:
+        """Two interleaved half circles, each a chain of ``points`` Gaussians that overlap into a band."""
+        angle = torch.linspace(0, math.pi, points)
+        upper = torch.stack([angle.cos() - 0.5, angle.sin() - 0.25], -1)
+        return cls(radius * torch.cat([upper, -upper]), std)
+
     def __call__(self, x: Tensor) -> Tensor:
         x, means = self.check(x), self.means.to(x)
         squared = (x.unsqueeze(-2) - means).square().sum(-1)  # (*batch, K)
@@ -200,10 +207,80 @@ class GaussianMixture(Analytic):
         return self.means.to(z)[mode] + self.std * z
 
 
+class GaussianBernoulliRBM:
+    """E(x) = |x|^2/2 - b^T x - sum_j log 2 cosh((B^T x / 2 + c)_j): hidden units h in {-1, 1}^m summed out.
+
+    The testbed of goodness-of-fit tests (Liu et al. 2016): a mixture of 2^m unit Gaussians, of means
+    B h / 2 + b, whose score is cheap and whose normaliser is not. B: ``(*stack, d, m)``; b: ``(*stack, d)``;
+    c: ``(*stack, m)``; S machines side by side if stack is ``(S,)``. Points are ``(*stack, n, d)``.
+
+    Raises ``ValueError`` for parts that do not fit each other, or points that do not fit them.
+    """
+
+    def __init__(self, weight: Tensor, visible: Tensor, hidden: Tensor) -> None:
+        *stack, d, m = weight.shape
+        if visible.shape != (*stack, d) or hidden.shape != (*stack, m):
+            raise ValueError(f"weight {tuple(weight.shape)} needs biases of {(*stack, d)} and {(*stack, m)}")
+        self.weight, self.visible, self.hidden, self.dim = weight, visible, hidden, d
+
+    @classmethod
+    def random(
+        cls, d: int = 50, m: int = 40, stack: tuple[int, ...] = (), generator: torch.Generator | None = None
+    ) -> GaussianBernoulliRBM:
+        """B of fair signs, b and c standard normal: the machines of the published test."""
+        sign = 2.0 * (_uniform(math.prod(stack) * d * m, generator) < 0.5) - 1
+        visible, hidden = (_normal(math.prod(stack), k, generator) for k in (d, m))
+        return cls(sign.reshape(*stack, d, m), visible.reshape(*stack, d), hidden.reshape(*stack, m))
+
+    def perturbed(self, std: float | Tensor, generator: torch.Generator | None) -> GaussianBernoulliRBM:
+        """The same machine with B + std N(0, 1); ``std`` may be ``(*stack,)``, one a machine."""
+        noise = torch.empty_like(self.weight).normal_(generator=generator)
+        std = torch.as_tensor(std).to(noise)
+        return type(self)(self.weight + std[..., None, None] * noise, self.visible, self.hidden)
+
+    def __getitem__(self, index: Tensor) -> GaussianBernoulliRBM:
+        """The machines ``index`` of a stack, copies allowed."""
+        return type(self)(self.weight[index], self.visible[index], self.hidden[index])
+
+    def _field(self, x: Tensor) -> Tensor:
+        stack = self.weight.shape[:-2]
+        if x.shape[-1] != self.dim or x.shape[: len(stack)] != stack:
+            raise ValueError(f"this machine's points are {(*stack, '*', self.dim)}; got {tuple(x.shape)}")
+        return x @ (self.weight.to(x) / 2) + self.hidden.to(x).unsqueeze(-2)  # (*stack, n, m)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        field = self._field(x)
+        quadratic = (x * (x / 2 - self.visible.to(x).unsqueeze(-2))).sum(-1)
+        return quadratic - torch.logaddexp(field, -field).sum(-1)
+
+    def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """E and its gradient x - b - B tanh(B^T x / 2 + c) / 2, in closed form."""
+        drive = self._field(x).tanh() @ (self.weight.to(x).mT / 2)
+        return self(x), x - self.visible.to(x).unsqueeze(-2) - drive
+
+    def sample(self, n: int, generator: torch.Generator | None = None, sweeps: int = 2000) -> Tensor:
+        """n chains a machine after ``sweeps`` of block Gibbs from random h: ``(*stack, n, d)``.
+
+        h_j = 1 with probability sigmoid((B^T x + 2c)_j), then x ~ N(B h / 2 + b, I). Chains do not cross
+        between distant modes; within a mode they forget their start in a few sweeps.
+        """
+        half, offset = self.weight.mT / 2, self.visible.unsqueeze(-2)
+        x, uniform = (half.new_empty(*half.shape[:-2], n, k) for k in (self.dim, half.shape[-2]))
+        h = (uniform.uniform_(generator=generator) < 0.5).to(x).mul_(2).sub_(1)
+        for sweep in range(sweeps + 1):
+            if sweep:
+                chance = self._field(x).mul_(2).sigmoid_()
+                h = (uniform.uniform_(generator=generator) < chance).to(x).mul_(2).sub_(1)
+            x.normal_(generator=generator).add_(h @ half).add_(offset)
+        return x
+
+
 class DoubleWell(Analytic):
     """E(x) = h (x_1^2 - 1)^2 + |x_2..d|^2 / 2: wells at x_1 = -1 and 1 behind a barrier of height h."""
 
     def __init__(self, barrier: float = 4.0, dim: int = 2) -> None:
+        from scipy import integrate  # here: importing the package costs what torch costs
+
         if barrier <= 0 or dim < 1:
             raise ValueError("the double well needs barrier > 0 and dim >= 1")
         self.barrier, self.dim = barrier, dim

@@ -63,7 +63,11 @@ class StackedBatchNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers of the given sizes with an activation between them, S networks at once if ``stack``."""
+    """Linear layers of the given sizes with an activation between them, S networks at once if ``stack``.
+
+    ``gain`` multiplies the first layer's initial weights and biases: above 1 its units bend within the data
+    rather than outside, and structure finer than the data's whole width is found sooner.
+    """
 
     def __init__(
         self,
@@ -72,6 +76,7 @@ class MLP(nn.Module):
         activation: type[nn.Module] = nn.SiLU,
         batch_norm: bool = False,
         last_bias: bool = True,
+        gain: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -84,9 +89,54 @@ class MLP(nn.Module):
                 layers.append(activation())
         self.layers = nn.Sequential(*layers)
         self.stack = stack
+        if gain != 1.0:
+            with torch.no_grad():
+                for parameter in self.layers[0].parameters():
+                    parameter.mul_(gain)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+    def value_and_tangent(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """f(x) and its directional derivative (grad f) v in one pass forward, differentiable in the weights.
+
+        x: ``(*batch, in)``; v: of x's shape, or ``(P, *batch, in)`` for P directions at once. Returns
+        ``(*batch, out)`` and the same behind v's leading dimension. Cheaper than a vector-Jacobian product
+        of autograd, which must go back through the network and then through that way back once more.
+        Raises ``ValueError`` for layers other than linear and SiLU.
+        """
+        for layer in self.layers:
+            if isinstance(layer, StackedLinear):
+                x, v = layer(x), v @ layer.weight
+            elif isinstance(layer, nn.SiLU):
+                x, v = _SiLUTangent.apply(x, v)
+            else:
+                raise ValueError(f"MLP knows the tangent of linear and SiLU layers, not of {layer}")
+        return x, v
+
+
+class _SiLUTangent(torch.autograd.Function):
+    """silu(h) and silu'(h) v, with their backward pass by hand: far fewer operations than autograd's."""
+
+    @staticmethod
+    def forward(ctx: object, h: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        sigmoid = h.sigmoid()
+        value = h * sigmoid
+        slope = torch.addcmul(sigmoid, value, 1 - sigmoid)  # silu' = sigma + h sigma (1 - sigma)
+        ctx.save_for_backward(h, v, sigmoid, slope)
+        return value, slope * v
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: object, grad_value: Tensor, grad_tangent: Tensor) -> tuple[Tensor, Tensor]:
+        h, v, sigmoid, slope = ctx.saved_tensors
+        rest = 1 - sigmoid
+        # silu'' = sigma (1 - sigma) (2 + h (1 - 2 sigma))
+        curve = (rest - sigmoid).mul_(h).add_(2).mul_(rest).mul_(sigmoid)
+        through = grad_tangent * v
+        if through.ndim > h.ndim:
+            through = through.sum(0)  # P directions share one point
+        return torch.addcmul(grad_value * slope, through, curve), grad_tangent * slope
 
 
 class MLPEnergy(nn.Module):
@@ -101,6 +151,7 @@ class MLPEnergy(nn.Module):
         hidden: tuple[int, ...] = (256, 256),
         stack: int | None = None,
         activation: type[nn.Module] = nn.SiLU,
+        gain: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -108,7 +159,7 @@ class MLPEnergy(nn.Module):
             raise ValueError(f"MLPEnergy knows the slopes of SiLU and ReLU, not of {activation.__name__}")
         self.shape, self.stack, self.smooth = tuple(shape), stack, activation is nn.SiLU
         sizes = (math.prod(shape), *hidden, 1)
-        self.net = MLP(sizes, stack, activation, last_bias=False, generator=generator)
+        self.net = MLP(sizes, stack, activation, last_bias=False, gain=gain, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x.flatten(-len(self.shape))).squeeze(-1)
@@ -131,6 +182,12 @@ class MLPEnergy(nn.Module):
             grad = aten.silu_backward(grad, h) if self.smooth else aten.threshold_backward(grad, h, 0)
             grad = grad @ layer.weight.mT
         return value, grad.unflatten(-1, self.shape)
+
+    def value_and_tangent(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """E and its slope grad E . v along v, differentiable in the weights; shapes as in ``MLP``."""
+        flat = -len(self.shape)
+        value, tangent = self.net.value_and_tangent(x.flatten(flat), v.flatten(flat))
+        return value.squeeze(-1), tangent.squeeze(-1)
 
 
 class MLPGenerator(nn.Module):

@@ -7,6 +7,7 @@ or label); backgrounds are white, so that a figure reads the same in the page's 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,7 +17,19 @@ from torch import Tensor
 
 from companion.energies import Energy
 
-__all__ = ["COLOURS", "autocorrelations", "band", "energy_paths", "image_grid", "landscape", "use_style"]
+if TYPE_CHECKING:
+    import networkx
+
+__all__ = [
+    "COLOURS",
+    "autocorrelations",
+    "band",
+    "energy_paths",
+    "graph_row",
+    "image_grid",
+    "landscape",
+    "use_style",
+]
 
 # Okabe & Ito 2008: blue, vermilion, green, orange, sky, purple, black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000")
@@ -94,6 +107,19 @@ def image_grid(ax: Axes, images: Tensor, columns: int, title: str | None = None)
     if title is not None:
         ax.set_title(title, fontsize=8, loc="left")
     ax.axis("off")
+
+
+def graph_row(axes: Sequence[Axes], graphs: Sequence[networkx.Graph], title: str | None = None) -> None:
+    """One graph to an axes, nodes placed by a spring layout with a fixed seed; ``title`` over the first."""
+    import networkx
+
+    for ax, graph in zip(axes, graphs, strict=True):
+        place = networkx.spring_layout(graph, seed=0, iterations=100)
+        networkx.draw_networkx_edges(graph, place, ax=ax, width=0.8, edge_color="0.5")
+        networkx.draw_networkx_nodes(graph, place, ax=ax, node_size=18, node_color=COLOURS[0])
+        ax.axis("off")
+    if title is not None:
+        axes[0].set_title(title, fontsize=9, loc="left")
 
 
 def band(ax: Axes, x: Sequence[float], rows: Sequence[Sequence[float]], label: str, index: int = 0) -> None:

@@ -95,6 +95,25 @@ def test_the_energy_tells_two_triangles_from_a_hexagon(rng):
     assert (value[0] - value[1]).abs() > 1e-4
 
 
+def test_large_graphs_take_the_other_way_to_the_same_numbers(energy, rng, monkeypatch):
+    from companion.graphs import network
+
+    a, sigma = relaxed(3, 6, rng), levels(3, rng)
+    dense = graphs.scaled_score(energy, a, sigma)
+    monkeypatch.setattr(network, "_DENSE", 2)
+    network._pairs.cache_clear()
+    torch.testing.assert_close(graphs.scaled_score(energy, a, sigma), dense, rtol=0, atol=1e-12)
+    network._pairs.cache_clear()
+
+
+def test_far_out_only_the_quadratic_base_is_left(energy, rng):
+    """What makes exp(-E) integrable: the features are bounded, so the score tends to the base's."""
+    a, sigma = relaxed(4, 6, rng), levels(4, rng)
+    far = a + 100 * torch.sign(a)
+    base = -sigma[:, None] * (far - energy.mean) / (energy.log_variance.exp() + sigma[:, None] ** 2)
+    torch.testing.assert_close(graphs.scaled_score(energy, far, sigma), base, rtol=1e-6, atol=1e-6)
+
+
 # --- derivatives --------------------------------------------------------------------------------------
 
 

@@ -68,6 +68,46 @@ def test_what_the_chapter_says_of_the_tuning_holds():
     assert wins("noise_birth", "bank", "fd") > 16
 
 
+def test_stein_chapter_uses_each_methods_best_trial():
+    record = json.loads((ROOT / "results/tuning-stein-plane.json").read_text(encoding="utf-8"))
+    tune, chapter = script("benchmarks/tune_stein.py"), parameters("stein-discrepancy")
+    names = {"anchored": ("lsd", ""), "plain": ("plain", "plain_"), "score_matching": ("sm", "")}
+    for method, best in record["best"].items():
+        rows = [row for row in record["trials"] if row["method"] == method]
+        assert sorted(row["trial"] for row in rows) == list(range(8))  # every method had the same trials
+        assert all(row[k] == v for row in rows for k, v in tune.settings(row["trial"]).items())
+        assert best == max((row for row in rows if "score" in row), key=lambda row: row["score"])
+        prefix, lam = names[method]
+        expected = {f"{prefix}_rate": best["rate"], f"{prefix}_beta": best["beta"]}
+        if method != "score_matching":
+            expected |= {
+                f"{prefix}_critic_rate": best["critic_rate"],
+                f"{prefix}_critic_steps": best["critic_steps"],
+                f"{lam}lam": best["lam"],
+            }
+        for name, value in expected.items():
+            assert float(chapter[name]) == value, name
+    assert int(chapter["batch"]) == record["batch"]
+    assert [int(chapter["width"]), int(chapter["critic_width"])] == record["widths"]
+
+
+def test_what_the_graph_chapter_says_of_its_trainings_holds():
+    record = json.loads((ROOT / "results/tuning-stein-graphs.json").read_text(encoding="utf-8"))
+    tune, chapter = script("benchmarks/tune_stein_graphs.py"), parameters("stein-graphs")
+    assert record["table"] == tune.table(record["runs"])
+    rows = {row["candidate"]: row for row in record["table"]}
+    assert list(rows) == list(tune.CANDIDATES) and all(row["runs"] == tune.SEEDS for row in rows.values())
+    default = tune.CANDIDATES["anchored 1:1"]
+    assert float(chapter["rate"]) == default["rate"]
+    assert float(chapter["critic_rate"]) == default["critic_rate"]
+    assert int(chapter["batch"]) == record["batch"]
+    anchored = [row for name, row in rows.items() if name.startswith("anchored")]
+    plain = [row for name, row in rows.items() if name.startswith("plain")]
+    assert all(row["diverged"] == row["unusable"] == 0 for row in anchored)  # what "reliable" means there
+    assert max(row["dsm"] for row in anchored) < min(row["dsm"] for row in plain if "dsm" in row)
+    assert rows["dsm"]["dsm"] < rows["anchored 1:1"]["dsm"] < rows["anchored 1:1, critic not averaged"]["dsm"]
+
+
 def test_readme_table_is_that_of_the_record():
     record = script("tools/record.py")
     files = sorted((ROOT / "results").glob("cpu-*.json"))

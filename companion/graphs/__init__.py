@@ -6,6 +6,7 @@ what torch costs.
 
 from companion.graphs.batch import GraphBatch, check, pair_mask, threshold
 from companion.graphs.datasets import GraphDataset, ego_graphs, erdos_renyi_like, load, two_blocks
+from companion.graphs.goodness import stein_test
 from companion.graphs.metrics import (
     Descriptors,
     connected_share,
@@ -56,6 +57,7 @@ __all__ = [
     "orbit_counts",
     "pair_mask",
     "scaled_score",
+    "stein_test",
     "summary",
     "threshold",
     "train",

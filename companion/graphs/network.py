@@ -39,12 +39,16 @@ def n_nodes(pairs: int) -> int:
     return nodes
 
 
+_REACH = 3.0  # entries enter the features as r tanh(a / r): bounded, so that the quadratic base wins far out
+_DENSE = 64  # nodes up to which x_i + x_j is a matrix product: faster than indexing, but N^3 numbers
+
+
 class _Pairs(NamedTuple):
     both: Tensor  # (N * N,): which coordinate an entry of the matrix holds (0 on the diagonal, masked by off)
     off: Tensor  # (N * N,): 0 on the diagonal, 1 elsewhere
     above: Tensor  # (P,): where coordinate p stands in the flattened matrix
     below: Tensor  # (P,): and its mirror image
-    ends: Tensor  # (N, P): 1 where node n is an end of pair p
+    ends: Tensor | None  # (N, P): 1 where node n is an end of pair p; None for large graphs
 
 
 @lru_cache(maxsize=256)
@@ -53,8 +57,10 @@ def _pairs(nodes: int, device: torch.device, dtype: torch.dtype) -> _Pairs:
     p = torch.arange(len(i), device=device)
     both = torch.zeros(nodes, nodes, dtype=torch.long, device=device)
     both[i, j] = both[j, i] = p
-    ends = torch.zeros(nodes, len(i), device=device, dtype=dtype)
-    ends[i, p] = ends[j, p] = 1
+    ends = None
+    if nodes <= _DENSE:
+        ends = torch.zeros(nodes, len(i), device=device, dtype=dtype)
+        ends[i, p] = ends[j, p] = 1
     off = 1 - torch.eye(nodes, device=device, dtype=dtype)
     return _Pairs(both.flatten(), off.flatten(), i * nodes + j, j * nodes + i, ends)
 
@@ -102,6 +108,15 @@ class _Product(torch.autograd.Function):
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
         (full,) = ctx.saved_tensors
         return torch.bmm(_Mirror.apply(grad, ctx.pairs).view_as(full), full), None
+
+
+def _both_ends(x: Tensor, pairs: _Pairs) -> Tensor:
+    """x_i + x_j at the two ends of every pair: ``(..., N)`` -> ``(..., P)``."""
+    if pairs.ends is not None:
+        return x @ pairs.ends
+    nodes = x.shape[-1]
+    i, j = pairs.above // nodes, pairs.above % nodes
+    return x[..., i] + x[..., j]
 
 
 def mirror(a: Tensor) -> Tensor:
@@ -170,7 +185,7 @@ class _Layer(nn.Module):
         full = _Mirror.apply(e.view(-1, count), pairs)
         degree = full.view(channels, batch, nodes, nodes).sum(-1)
         x = self.node(torch.cat([degree / 4, x]))
-        both_ends = (self.ends(x) @ pairs.ends).flatten(1)  # x_i + x_j, (hidden, B * P)
+        both_ends = _both_ends(self.ends(x), pairs).flatten(1)  # (hidden, B * P)
         if self.products:
             product = _Product.apply(full.view(-1, nodes, nodes), pairs).view_as(e)
             e = torch.cat([e, product / 4])
@@ -207,6 +222,7 @@ class _Trunk(nn.Module):
         batch, count = a.shape
         nodes = n_nodes(count)
         pairs = _pairs(nodes, a.device, a.dtype)
+        a = _REACH * torch.tanh(a / _REACH)
         full = _Mirror.apply(a, pairs).view(batch, nodes, nodes)
         square = _Product.apply(full, pairs)
         cube = _Fold.apply((full @ _Mirror.apply(square, pairs).view_as(full)).flatten(1), pairs)
@@ -281,8 +297,9 @@ class GraphEnergy(_Graphs):
             + sum_{i<j} (a_ij - mu)^2 / (2 (tau^2 + sigma^2))
 
     Invariant under relabelling of the nodes; extensive, so that one network serves all sizes up to
-    ``max_nodes``. The quadratic base makes exp(-E) integrable; mu and tau^2 are learnt, from the training
-    graphs' edge density on. ``mask`` (B, N), bool, says which nodes are real; without it all are.
+    ``max_nodes``. The features are bounded functions of a, so that far out only the quadratic base is left:
+    exp(-E) is integrable and chains find home. mu and tau^2 are learnt, from the training graphs' edge
+    density on. ``mask`` (B, N), bool, says which nodes are real; without it all are.
 
     Raises ``ValueError`` for coordinates that are no triangle, a mask that does not fit, and more nodes than
     ``max_nodes``. The base and the pair read-out follow Grathwohl et al. 2020 and Niu et al. 2020; the energy

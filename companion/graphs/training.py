@@ -43,6 +43,7 @@ __all__ = [
     "GraphRun",
     "Pool",
     "critic_loss",
+    "difference_trace",
     "dsm_loss",
     "graph_run",
     "model_loss",
@@ -117,9 +118,9 @@ def graph_run(
     rng: torch.Generator,
     *,
     method: str = "anchored",
-    rate: float = 3e-3,
-    critic_rate: float = 3e-3,
-    betas: tuple[float, float] = (0.9, 0.99),
+    rate: float = 6e-3,
+    critic_rate: float = 6e-3,
+    betas: tuple[float, float] = (0.9, 0.95),
     layers: int = 3,
     channels: int = 8,
     node_width: int = 16,
@@ -140,14 +141,13 @@ def graph_run(
     cpu = torch.Generator().manual_seed(int(torch.randint(2**31, (1,), generator=rng, device=rng.device)))
     energy = GraphEnergy(pool.max_nodes, pool.density, **size, generator=cpu).to(device)
     average = copy.deepcopy(energy)
-    run = GraphRun(
-        energy, average.requires_grad_(False), torch.optim.Adam(energy.parameters(), rate, betas), pool,
-        torch.tensor(sorted(levels, reverse=True), device=device), rng, method,
-    )  # fmt: skip
+    optimizer = torch.optim.Adam(energy.parameters(), rate, betas, fused=True)
+    descending = torch.tensor(sorted(levels, reverse=True), device=device)
+    run = GraphRun(energy, average.requires_grad_(False), optimizer, pool, descending, rng, method)
     if method != "dsm":
         based = method != "plain"
         run.critic = GraphCritic(pool.max_nodes, pool.density, based=based, **size, generator=cpu).to(device)
-        run.critic_optimizer = torch.optim.Adam(run.critic.parameters(), critic_rate, betas)
+        run.critic_optimizer = torch.optim.Adam(run.critic.parameters(), critic_rate, betas, fused=True)
     return run
 
 
@@ -204,14 +204,22 @@ def critic_loss(
         with torch.no_grad():
             field_ = critic(a, sigma, mask)
     else:
-        v = draw_probe(a, generator=generator)
-        step = _DELTA * sigma.unsqueeze(-1)
-        ahead, behind = _pair(critic, a, step * v, sigma, mask)
-        f = (ahead + behind) / 2  # f(a) + O(delta^2)
-        trace = ((ahead - behind) * v).sum(-1) / (2 * _DELTA)  # sigma Tr grad f: sigma / step = 1 / delta
+        f, trace = difference_trace(critic, a, sigma, draw_probe(a, generator=generator), mask)
         value = (u * f).sum(-1) + trace - weight * f.square().sum(-1)
         field_ = f.detach()
     return -(value / count).mean(), field_
+
+
+def difference_trace(
+    critic: nn.Module, a: Tensor, sigma: Tensor, v: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """f(a) (B, P) and sigma v^T (grad f) v (B,), both up to delta^2, from one batch of twice the size.
+
+    With v a probe of ``companion.stein`` the second estimates sigma Tr grad f.
+    """
+    ahead, behind = _pair(critic, a, _DELTA * sigma.unsqueeze(-1) * v, sigma, mask)
+    trace = ((ahead - behind) * v).sum(-1) / (2 * _DELTA)  # the step is delta sigma: sigma / step = 1 / delta
+    return (ahead + behind) / 2, trace
 
 
 def model_loss(
@@ -280,7 +288,7 @@ def train(
     run: GraphRun,
     steps: int,
     *,
-    batch: int = 32,
+    batch: int = 16,
     critic_steps: int = 1,
     lam: float = 0.5,
     warm_up: int = 100,
@@ -289,6 +297,7 @@ def train(
     clip: float = 1.0,
     averaging: float = 0.995,
     score_penalty: float = 0.0,
+    critic_averaging: float = 0.99,
     level_weights: tuple[float, ...] | None = None,
     schedule: Callable[[float], float] | None = None,
     exact: bool = False,
@@ -299,7 +308,9 @@ def train(
     Each model step is preceded by ``critic_steps`` critic steps on fresh batches of ``batch`` graphs of one
     size, the last of which the model shares. The learning rates rise over ``warm_up`` steps, hold for the
     share ``hold`` of the training and fall exponentially to ``final`` of their value (or follow
-    ``schedule``, a factor at the share done). ``averaging`` is the decay of the averaged weights,
+    ``schedule``, a factor at the share done). ``averaging`` is the decay of the energy's averaged weights,
+    which are sampled; ``critic_averaging`` that of the critic's, whose field is the anchored model's target
+    (0: the critic as it is): its optimum stands still, so that the average is nearer to it.
     ``score_penalty`` adds that times E|u|^2 / P to the plain model's loss.
 
     Raises ``DivergenceError`` with the step when a gauge is no longer finite; that is looked at every 50
@@ -314,6 +325,9 @@ def train(
     rates = [(g, g.setdefault("initial_lr", g["lr"])) for o in optimizers for g in o.param_groups]
     model, smooth = list(run.energy.parameters()), list(run.average.parameters())
     critic = [] if run.critic is None else list(run.critic.parameters())
+    averaged = critic_averaging > 0 and run.method == "anchored"  # a plain critic's optimum moves
+    slow_critic = copy.deepcopy(run.critic).requires_grad_(False) if averaged else None
+    slow = list(slow_critic.parameters()) if averaged else []
     for _ in tqdm(range(run.step, steps), disable=None if progress is None else not progress):
         share = run.step / steps
         factor = schedule(share) if schedule else final ** max(0.0, (share - hold) / (1 - hold))
@@ -342,6 +356,12 @@ def train(
                     loss.backward()
                     nn.utils.clip_grad_norm_(critic, clip)
                     run.critic_optimizer.step()
+                    if slow:
+                        keep = min(critic_averaging, (1 + run.step) / (10 + run.step))
+                        torch._foreach_lerp_(slow, [p.detach() for p in critic], 1 - keep)
+        if slow:
+            with torch.no_grad():
+                field_ = slow_critic(a, sigma)
         value = model_loss(run.energy, field_, a, sigma, anchored=anchored, exact=exact)
         if score_penalty:
             value = value + score_penalty * _squares(run.energy, torch.zeros_like(a), a, sigma, None, exact)
