@@ -271,6 +271,22 @@ def test_training_lowers_the_denoising_loss_and_repeats_itself(blocks, method):
         assert torch.equal(p, q)
 
 
+def test_the_denoising_loss_of_a_data_set_is_the_mean_over_its_graphs(blocks):
+    energy = graphs.graph_run(blocks, [0.5, 0.2], torch.Generator().manual_seed(0), method="dsm").energy
+    got = graphs.denoising_loss(energy, blocks, [0.5, 0.2], torch.Generator().manual_seed(1), repeats=3)
+    noise_rng, pool = torch.Generator().manual_seed(1), Pool(blocks)
+    for value, level in zip(got, (0.5, 0.2), strict=True):
+        losses = []
+        for clean in (group.repeat(3, 1) for group in pool.groups):
+            noise = torch.randn(clean.shape, generator=noise_rng)
+            noisy = clean + level * noise
+            miss = graphs.scaled_score(energy, noisy, torch.full((len(clean),), level)) + noise
+            losses += miss.square().mean(1).tolist()
+        assert value == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert len(losses) == 3 * len(blocks)
+    assert all(p.requires_grad for p in energy.parameters())
+
+
 def test_exact_and_fast_training_agree(blocks):
     ends = []
     for exact in (True, False):

@@ -103,9 +103,17 @@ def test_what_the_graph_chapter_says_of_its_trainings_holds():
     assert int(chapter["batch"]) == record["batch"]
     anchored = [row for name, row in rows.items() if name.startswith("anchored")]
     plain = [row for name, row in rows.items() if name.startswith("plain")]
-    assert all(row["diverged"] == row["unusable"] == 0 for row in anchored)  # what "reliable" means there
+    assert all(row["diverged"] == row["lost"] == 0 for row in anchored)  # what "reliable" means there
+    assert rows["plain 1:1, as the anchored"]["lost"] == 3
     assert max(row["dsm"] for row in anchored) < min(row["dsm"] for row in plain if "dsm" in row)
     assert rows["dsm"]["dsm"] < rows["anchored 1:1"]["dsm"] < rows["anchored 1:1, critic not averaged"]["dsm"]
+    assert rows["anchored 1:1, twice the rates"]["dsm"] < rows["anchored 1:1"]["dsm"]
+    full = json.loads((ROOT / "results/tuning-stein-graphs-full.json").read_text(encoding="utf-8"))
+    assert full["table"] == tune.table(full["runs"])
+    assert full["cost"] == int(chapter["cost"]) and full["levels"] == record["levels"]
+    ends = {row["candidate"]: row for row in full["table"]}
+    for key in ("dsm", "mmd"):  # over the whole length the lower rates are better
+        assert ends["anchored 1:1"][key] < ends["anchored 1:1, twice the rates"][key]
 
 
 def test_readme_table_is_that_of_the_record():

@@ -23,6 +23,7 @@ from companion.graphs.sampling import Generated, annealed_langevin, generate
 from companion.graphs.training import (
     GraphRun,
     critic_loss,
+    denoising_loss,
     dsm_loss,
     graph_run,
     model_loss,
@@ -42,6 +43,7 @@ __all__ = [
     "check",
     "connected_share",
     "critic_loss",
+    "denoising_loss",
     "descriptors",
     "dsm_loss",
     "ego_graphs",

@@ -25,7 +25,7 @@ derivatives only and the two evaluations are one batch; the relative error at th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +43,7 @@ __all__ = [
     "GraphRun",
     "Pool",
     "critic_loss",
+    "denoising_loss",
     "difference_trace",
     "dsm_loss",
     "graph_run",
@@ -175,6 +176,33 @@ def dsm_loss(
     right and the gradient a central difference.
     """
     return _squares(energy, noise, a, sigma, mask, exact)
+
+
+def denoising_loss(
+    energy: nn.Module,
+    graphs: GraphBatch,
+    levels: Sequence[float],
+    generator: torch.Generator | None = None,
+    repeats: int = 1,
+) -> list[float]:
+    """``dsm_loss`` of all ``graphs``, not of a batch: one number a level, mean over ``repeats`` noises.
+
+    The yardstick for energies that were trained by different losses: held-out graphs, the same noise for the
+    same generator state, 1 for an energy that knows nothing. Raises ``ValueError`` for an empty batch.
+    """
+    per_level = []
+    pool = Pool(graphs)
+    for level in levels:
+        total, count = 0.0, 0
+        for clean in pool.groups:
+            clean = clean.repeat(repeats, 1)
+            noise = torch.empty_like(clean).normal_(generator=generator)
+            sigma = torch.full((len(clean),), level, device=clean.device)
+            with frozen(energy):
+                loss = dsm_loss(energy, clean + level * noise, sigma, noise)
+            total, count = total + loss.item() * len(clean), count + len(clean)
+        per_level.append(total / count)
+    return per_level
 
 
 def critic_loss(
