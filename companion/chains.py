@@ -14,7 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Bank", "Birth", "Draw", "born_from", "born_from_data", "born_from_noise", "graduate"]
+__all__ = [
+    "Bank",
+    "Birth",
+    "Draw",
+    "LongRunBank",
+    "born_from",
+    "born_from_data",
+    "born_from_noise",
+    "graduate",
+]
 
 # birth(batch, generator) -> states (*batch, *shape) and, if a network made them, latents (*batch, z).
 Birth = Callable[[tuple[int, ...], torch.Generator | None], tuple[Tensor, Tensor | None]]
@@ -114,6 +123,8 @@ class Bank:
         at = self._at(index)
         visits, age, x = self.visits[at], self.age[at], self.x[at]
         z = None if self.z is None else self.z[at]
+        if self.rejuvenation == 0 and self.max_visits is None:  # nobody is ever reborn: nothing to draw
+            return Draw(index, x, z, torch.zeros_like(index, dtype=torch.bool), visits, age)
         born = torch.rand(*self.stack, batch, generator=generator, device=x.device) < self.rejuvenation
         if self.max_visits is not None:
             born |= visits >= self.max_visits
@@ -123,12 +134,18 @@ class Bank:
         z = None if z is None or new_z is None else torch.where(_like(born, z), new_z, z)
         return Draw(index, x, z, born, visits.masked_fill(born, 0), age.masked_fill(born, 0))
 
-    def put(self, draw: Draw, x: Tensor, steps: int) -> None:
-        """Write back the drawn chains after ``steps`` Langevin steps brought them to x."""
+    def put(
+        self, draw: Draw, x: Tensor, steps: int, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Write back the drawn chains after ``steps`` Langevin steps brought them to x.
+
+        Returns the bank's gauges of this update; a plain bank has none (and draws nothing).
+        """
         at = self._at(draw.index)
         self.x[at], self.visits[at], self.age[at] = x.detach(), draw.visits + 1, draw.age + steps
         if self.z is not None and draw.z is not None:
             self.z[at] = draw.z
+        return {}
 
     def report(self) -> dict[str, float]:
         """Mean and largest age (Langevin steps) and mean number of visits of the chains as they lie."""
@@ -190,6 +207,85 @@ def graduate(
     source.visits[at] = source.visits[at].masked_fill(moved, 0)
     source.age[at] = source.age[at].masked_fill(moved, 0)
     return moved
+
+
+class LongRunBank:
+    """Two banks behind the face of one: chains burn in for ``visits`` visits before they may teach.
+
+    ``draw(B)`` takes B chains of the update bank, which are the negatives, and behind them B of the
+    burn-in bank, which only walk: ``(*stack, 2 B, *shape)``, so that one call of the sampler moves both.
+    ``put`` writes both back and graduates. Neither bank rejuvenates: no negative is ever younger than
+    ``visits`` visits, except for the first generation with which the update bank is filled.
+
+    Source: Hill et al. 2022, the long-run regime (750 visits of 100 steps, banks of 10,000 and 1,000).
+    Raises ``ValueError`` if the banks are of different stacks or reborn by themselves.
+    """
+
+    def __init__(self, update: Bank, burn_in: Bank, visits: int) -> None:
+        if update.stack != burn_in.stack:
+            raise ValueError(f"banks of different stacks: {update.stack} and {burn_in.stack}")
+        if update.rejuvenation or burn_in.rejuvenation or visits < 1:
+            raise ValueError("the long-run policy needs visits >= 1 and two banks with rejuvenation=0")
+        self.update, self.burn_in, self.visits = update, burn_in, visits
+
+    @property
+    def birth(self) -> Birth:
+        return self.update.birth
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self.update.stack
+
+    @property
+    def x(self) -> Tensor:
+        """The chains that may teach, ``(*stack, size, *shape)``."""
+        return self.update.x
+
+    def draw(self, batch: int, generator: torch.Generator | None = None) -> Draw:
+        """``batch`` chains of either bank, those of the update bank first; nothing is reborn here."""
+        parts = [bank.draw(batch, generator) for bank in (self.update, self.burn_in)]
+        along = len(self.stack)
+        fields = {
+            name: torch.cat([getattr(part, name) for part in parts], along)
+            for name in ("index", "x", "born", "visits", "age")
+        }
+        return Draw(z=None, **fields)
+
+    def put(
+        self, draw: Draw, x: Tensor, steps: int, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Write back both halves and graduate; gauges: ``graduated``, how many moved, ``(*stack,)``."""
+        along = len(self.stack)
+        halves = [
+            Draw(z=None, **dict(zip(("index", "x", "born", "visits", "age"), part, strict=True)))
+            for part in zip(
+                *(v.chunk(2, along) for v in (draw.index, x, draw.born, draw.visits, draw.age)), strict=True
+            )
+        ]
+        slots, drawn = halves
+        self.update.put(slots, slots.x, steps)
+        self.burn_in.put(drawn, drawn.x, steps)
+        moved = graduate(self.burn_in, drawn, self.update, slots, self.visits, generator)
+        return {"graduated": moved.sum(-1).float()}
+
+    def report(self) -> dict[str, float]:
+        """Ages and visits of the update bank, and under ``burn_in_...`` those of the other."""
+        return self.update.report() | {f"burn_in_{k}": v for k, v in self.burn_in.report().items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that changes in either bank, as tensors."""
+        banks = {"update": self.update, "burn_in": self.burn_in}
+        return {f"{name}.{k}": v for name, bank in banks.items() for k, v in bank.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises ``ValueError`` if the state is of other banks."""
+        for name, bank in {"update": self.update, "burn_in": self.burn_in}.items():
+            try:
+                bank.load_state_dict(
+                    {k: state[f"{name}.{k}"] for k in bank.state_dict() if f"{name}.{k}" in state}
+                )
+            except ValueError as error:
+                raise ValueError(f"{name} bank: {error}") from error
 
 
 def _like(mask: Tensor, x: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from companion.chains import Bank
-from companion.langevin import langevin
+from companion.chains import Bank, LongRunBank
+from companion.diagnosis import Band, TrainingDiverged, diagnose
+from companion.langevin import DivergenceError, langevin
 
 __all__ = ["CheckpointError", "Run", "load", "ml_loss", "ml_step", "save", "train"]
 
@@ -39,7 +41,7 @@ class Run:
 
     energy: nn.Module
     optimizer: torch.optim.Optimizer
-    bank: Bank
+    bank: Bank | LongRunBank
     rng: torch.Generator
     network: nn.Module | None = None  # a generator taught by the chains (short-run), or None
     network_optimizer: torch.optim.Optimizer | None = None
@@ -56,10 +58,14 @@ def ml_loss(energy: nn.Module, positive: Tensor, negative: Tensor, temperature: 
 
     Minimising it lowers the energy of the data and lifts that of the negatives.
     """
+    plus, minus = _energies(energy, positive, negative)
+    return (plus.mean(-1) - minus.mean(-1)) / temperature
+
+
+def _energies(energy: nn.Module, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
     stacked = getattr(energy, "stack", None) is not None
     values = energy(torch.cat([positive, negative], dim=1 if stacked else 0))  # one pass for both
-    plus, minus = values.split([positive.shape[int(stacked)], negative.shape[int(stacked)]], dim=-1)
-    return (plus.mean(-1) - minus.mean(-1)) / temperature
+    return values.split([positive.shape[int(stacked)], negative.shape[int(stacked)]], dim=-1)
 
 
 def ml_step(
@@ -87,19 +93,26 @@ def ml_step(
         base_std=base_std,
         generator=run.rng,
     )
-    loss = ml_loss(run.energy, positive, chain.x, temperature)
+    # A long-run bank hands out chains that only burn in, behind those that are the negatives.
+    negative = chain.x.narrow(len(run.bank.stack), 0, batch)
+    plus, minus = _energies(run.energy, positive, negative)
+    loss = (plus.mean(-1) - minus.mean(-1)) / temperature  # as ml_loss
     run.optimizer.zero_grad(set_to_none=True)
     loss.sum().backward()  # stacked models are independent: the sum's gradient is each one's own
     run.optimizer.step()
-    gauges = {"d": loss.detach(), "r": chain.gauges.drift, "rho": chain.gauges.rho}
+    gauges = {
+        "d": loss.detach(), "r": chain.gauges.drift, "rho": chain.gauges.rho,
+        "separation": (plus.mean(-1) - minus.mean(-1)).detach() / plus.detach().std(-1),
+        "diversity": _spread(negative, len(run.bank.stack)) / _spread(positive, len(run.bank.stack)),
+    }  # fmt: skip
     if run.network is not None:
         error = (run.network(drawn.z) - chain.x).square().flatten(drawn.index.ndim).sum(-1).mean(-1)
         run.network_optimizer.zero_grad(set_to_none=True)
         error.sum().backward()
         run.network_optimizer.step()
         gauges["teaching"] = error.detach()
-    run.bank.put(drawn, chain.x, steps)
-    return gauges | {"age": (drawn.age + steps).float().mean(-1)}
+    gauges |= run.bank.put(drawn, chain.x, steps, run.rng)
+    return gauges | {"age": (drawn.age[..., :batch] + steps).float().mean(-1)}
 
 
 def train(
@@ -115,6 +128,9 @@ def train(
     half_level: float = 0.0,
     base_std: float | None = None,
     schedule: Callable[[float], float] | None = None,
+    bands: Mapping[str, Band] | None = None,
+    window: int = 200,
+    log: str | os.PathLike[str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 500,
     progress: bool | None = None,
@@ -127,16 +143,25 @@ def train(
     ``checkpoint_every`` updates and at the end, and training resumes from what it finds there: a run
     killed at any update and started again ends with the same numbers as one that was not.
 
-    Raises ``DivergenceError`` from the chains, ``CheckpointError`` for a checkpoint of another run.
+    Every ``window`` updates the gauges are held against ``bands`` (``diagnosis.BANDS[regime]``); a training
+    in which one stays outside for a whole window is stopped with what to change. ``log`` is a file to which
+    the means of the gauges over each window are appended, a JSON object a line, with the seconds used and
+    left; the bar shows the time left as well.
+
+    Raises ``TrainingDiverged`` (a ``DivergenceError``) when chains leave every bound or a gauge its band,
+    ``CheckpointError`` for a checkpoint of another run.
     """
+    rates = [(group, group.setdefault("initial_lr", group["lr"])) for group in _groups(run)]
     settings = {
         "updates": updates, "batch": batch, "steps": steps, "step_size": _plain(step_size),
         "temperature": _plain(temperature), "data_noise": data_noise, "half_level": half_level,
-        "base_std": base_std,
+        "base_std": base_std, "rates": [rate * (schedule(0.5) if schedule else 1.0) for _, rate in rates],
+        "energy": _describe(run.energy), "data": [*data.shape, round(data.double().mean().item(), 6)],
     }  # fmt: skip
     if checkpoint is not None and (Path(checkpoint) / "checkpoint.json").exists():
         load(run, checkpoint, settings)
-    rates = [(group, group.setdefault("initial_lr", group["lr"])) for group in _groups(run)]
+        rates = [(group, group["initial_lr"]) for group in _groups(run)]  # loading replaced the groups
+    began, first = time.monotonic(), run.update
     bar = tqdm(total=updates, initial=run.update, disable=None if progress is None else not progress)
     with bar:
         while run.update < updates:
@@ -148,15 +173,29 @@ def train(
             if half_level:
                 positive = positive + noise.uniform_(-half_level, half_level, generator=run.rng)
             positive = positive + data_noise * noise.normal_(generator=run.rng)
-            gauges = ml_step(
-                run, positive, steps=steps, step_size=step_size, temperature=temperature, base_std=base_std
-            )
+            try:
+                gauges = ml_step(
+                    run,
+                    positive,
+                    steps=steps,
+                    step_size=step_size,
+                    temperature=temperature,
+                    base_std=base_std,
+                )
+            except DivergenceError as error:
+                findings = diagnose(run.history, bands or {}, min(20, window))
+                raise TrainingDiverged(run.update, findings, error) from error
             for name, value in gauges.items():
                 run.history.setdefault(name, []).append(value)
             run.update += 1
             bar.update()
             if not bar.disable and run.update % 100 == 0:
                 bar.set_postfix({k: f"{v.mean().item():.3g}" for k, v in gauges.items()})
+            if run.update % window == 0:
+                if log is not None:
+                    _log(run, Path(log), window, time.monotonic() - began, first, updates)
+                if bands is not None and (findings := diagnose(run.history, bands, window)):
+                    raise TrainingDiverged(run.update, findings)
             if checkpoint is not None and (run.update % checkpoint_every == 0 or run.update == updates):
                 save(run, checkpoint, settings)
     return run
@@ -242,6 +281,26 @@ def load(run: Run, folder: str | os.PathLike[str], settings: dict | None = None)
     run.history = {k: list(v.to(device).unbind(0)) for k, v in part("history").items()}
     run.update = header["update"]
     return run
+
+
+def _spread(x: Tensor, batch_dim: int) -> Tensor:
+    """Total variance of a batch of states: ``(*stack, B, *shape)`` -> ``(*stack,)``."""
+    return x.var(batch_dim).flatten(batch_dim).sum(-1)
+
+
+def _describe(network: nn.Module) -> str:
+    """What tells two networks apart: class, parameter shapes, and how they are put together."""
+    shapes = ", ".join("x".join(map(str, p.shape)) for p in network.parameters())
+    return f"{type(network).__name__}({shapes})"
+
+
+def _log(run: Run, path: Path, window: int, used: float, first: int, updates: int) -> None:
+    means = {k: _plain(torch.stack(v[-window:]).double().mean(0)) for k, v in run.history.items()}
+    left = used / (run.update - first) * (updates - run.update)
+    line = {"update": run.update, "seconds": round(used, 1), "seconds_left": round(left, 1)} | means
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

@@ -2,8 +2,8 @@
 
 Sample quality: the Fréchet distance in the features of a small classifier trained in place (FD; it is
 not FID and never called so), always with its real-against-real floor at the same counts; FID proper
-through torchmetrics, an optional extra; energy distance and MMD; mode coverage. Densities of the plane:
-the normaliser by quadrature. Chains: split R-hat, effective sample size, autocorrelation.
+through torchmetrics, an optional extra; energy distance and MMD; mode coverage. Detection: AUROC. Densities
+of the plane: the normaliser by quadrature. Chains: split R-hat, effective sample size, autocorrelation.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from companion.networks import initialise
 __all__ = [
     "Coverage",
     "FeatureClassifier",
+    "auroc",
     "autocorrelation",
     "effective_sample_size",
     "energy_distance",
@@ -210,6 +211,20 @@ class Coverage:
     balance: float  # entropy of the mode counts over log K: 1 is even
 
 
+def auroc(inside: Tensor, outside: Tensor) -> Tensor:
+    """The chance that a score from outside exceeds one from inside, ties counting half.
+
+    The area under the ROC curve of a detector that calls high scores (energies) foreign: 1/2 is blind.
+    ``(*stack, n)`` and ``(*stack, m)`` -> ``(*stack)``, in double precision. Raises ``ValueError`` for scores
+    that are not numbers.
+    """
+    if inside.isnan().any() or outside.isnan().any():
+        raise ValueError("some of the scores are not numbers")
+    ordered, asked = inside.sort(-1).values.contiguous(), outside.contiguous()
+    below, up_to = (torch.searchsorted(ordered, asked, side=side) for side in ("left", "right"))
+    return (below + up_to).double().mean(-1) / (2 * inside.shape[-1])
+
+
 def mode_coverage(x: Tensor, means: Tensor, std: float, radius: float = 4.0) -> Coverage:
     """Modes hit, high-quality share and balance of samples ``(n, d)`` against modes ``(K, d)``."""
     distance, nearest = torch.cdist(x, means.to(x)).min(1)
@@ -247,19 +262,45 @@ def grid_log_normaliser(
     return total + 2 * math.log(step)
 
 
-def split_rhat(chains: Tensor) -> float:
+def split_rhat(chains: Tensor, ranked: bool = False) -> float:
     """Split R-hat of a scalar along chains ``(n_chains, n_steps)``: near 1 when they agree.
 
-    Each chain is halved, then R-hat = sqrt(((n-1)/n W + B/n) / W). Source: Gelman et al., Bayesian
-    Data Analysis, section 11.4. Raises ``ValueError`` for fewer than four steps.
+    Each chain is halved, then R-hat = sqrt(((n-1)/n W + B/n) / W). Chains from several starts,
+    ``(n_starts, n_chains, n_steps)``, are asked instead whether the starts agree: all first halves from one
+    start are a pool, all second halves another, and R-hat = sqrt(1 + B/W) with B the variance between the
+    pools' means and W that within a pool. Chains too short to mix one by one do not raise it.
+
+    ``ranked``: the larger of R-hat of the ranks' normal scores and of those of the distance from the median.
+    It asks for no moments, and sees chains that agree in mean but not in spread. Sources: Gelman et al.,
+    Bayesian Data Analysis, section 11.4; Margossian et al. 2024 (nested); Vehtari et al. 2021 (ranked).
+    Raises ``ValueError`` for fewer than four steps or other dimensions.
     """
-    n = chains.shape[1] // 2
-    if n < 2:
-        raise ValueError("split R-hat needs at least four steps a chain")
-    halves = torch.cat([chains[:, :n], chains[:, -n:]]).double()
+    n = chains.shape[-1] // 2
+    if n < 2 or chains.ndim not in (2, 3):
+        raise ValueError(f"split R-hat needs (..., chains, steps >= 4), got {tuple(chains.shape)}")
+    halves = torch.cat([chains[..., :n], chains[..., -n:]]).double()
+    if ranked:
+        folded = (halves - (halves.median() - (-halves).median()) / 2).abs()  # torch's median is the lower
+        return max(_rhat(_normal_scores(v)) for v in (halves, folded))
+    return _rhat(halves)
+
+
+def _rhat(halves: Tensor) -> float:
+    n = halves.shape[-1]
+    if halves.ndim == 3:
+        between_chains = halves.mean(2).var(1, correction=min(1, halves.shape[1] - 1))
+        within = (between_chains + halves.var(2).mean(1)).mean()
+        return float((1 + halves.mean((1, 2)).var() / within).sqrt())
     within = halves.var(1).mean()
     between = n * halves.mean(1).var()
     return float((((n - 1) / n * within + between / n) / within).sqrt())
+
+
+def _normal_scores(values: Tensor) -> Tensor:
+    """Phi^-1((rank - 3/8) / (size + 1/4)), ties sharing their mean rank."""
+    _, place, count = values.unique(return_inverse=True, return_counts=True)
+    rank = count.cumsum(0).double() - (count.double() - 1) / 2
+    return torch.special.ndtri((rank - 0.375) / (values.numel() + 0.25))[place]
 
 
 def autocorrelation(series: Tensor, lags: int) -> Tensor:

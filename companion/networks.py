@@ -164,6 +164,20 @@ class MLPEnergy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x.flatten(-len(self.shape))).squeeze(-1)
 
+    def member(self, index: int) -> MLPEnergy:
+        """One of the stacked models as a network of its own, with a copy of its weights.
+
+        Raises ``ValueError`` for a network that is not stacked, ``IndexError`` for a model it does not have.
+        """
+        if self.stack is None:
+            raise ValueError("this network is not stacked")
+        linear = [layer for layer in self.net.layers if isinstance(layer, StackedLinear)]
+        widths = tuple(layer.weight.shape[-1] for layer in linear[:-1])
+        one = MLPEnergy(self.shape, widths, activation=nn.SiLU if self.smooth else nn.ReLU)
+        for mine, theirs in zip(one.parameters(), self.parameters(), strict=True):
+            mine.data = theirs.data[index].reshape(mine.shape).clone()
+        return one
+
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """E and its gradient in x, by hand: the backward pass of this network written out.
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from companion.chains import Bank, born_from, born_from_data, born_from_noise, graduate
+from companion.chains import Bank, LongRunBank, born_from, born_from_data, born_from_noise, graduate
 from companion.networks import MLPGenerator
 
 
@@ -124,6 +124,63 @@ def test_staggered_counters_spread(rng):
     bank.stagger(50, rng)
     assert bank.visits.min() == 0 and bank.visits.max() == 49
     assert bank.visits.double().mean().item() == pytest.approx(24.5, abs=5 * 14.4 / math.sqrt(5000))
+
+
+def long_run_bank(rng, visits, size=60, burn_in=40, stack=None):
+    update, below = (
+        Bank(n, born_from_noise((2,)), rejuvenation=0.0, stack=stack, generator=rng) for n in (size, burn_in)
+    )
+    below.stagger(visits, rng)
+    return LongRunBank(update, below, visits)
+
+
+@pytest.mark.parametrize("stack", [None, 2])
+def test_long_run_negatives_are_old_and_flow_at_the_rate_of_the_paper(stack, rng):
+    """Once the first generation is replaced no negative is younger than its visits below; B / (visits + 1)
+    chains graduate at an update."""
+    visits, batch, steps = 6, 15, 10
+    bank = long_run_bank(rng, visits, stack=stack)
+    ages, moved = [], []
+    for _ in range(1200):
+        drawn = bank.draw(batch, rng)
+        assert drawn.x.shape == (*bank.stack, 2 * batch, 2)
+        ages.append((drawn.age[..., :batch] + steps).float().mean(-1))
+        moved.append(bank.put(drawn, drawn.x, steps, rng)["graduated"])
+        assert torch.equal(bank.burn_in.age % steps, torch.zeros_like(bank.burn_in.age))
+        assert (bank.burn_in.visits < visits).all()  # who has had enough leaves at once
+    # Staggered counters shorten the first burn-in, not the age that is counted with it.
+    assert bank.update.age.min() >= visits * steps
+    assert torch.stack(moved)[300:].mean().item() == pytest.approx(batch / visits, rel=0.1)
+    # Residence: 60 slots at batch / visits graduations, each with chance 1 / 4 of a visit an update.
+    residence = 60 * visits / batch * batch / 60
+    expected = steps * (visits + residence)
+    assert torch.stack(ages)[600:].mean().item() == pytest.approx(expected, rel=0.1)
+
+
+def test_a_long_run_bank_restores_exactly(rng):
+    bank, other = long_run_bank(rng, 3), long_run_bank(rng, 3)
+    drive(bank, 10, 7, 5, rng)
+    other.load_state_dict({k: v.clone() for k, v in bank.state_dict().items()})
+    results = []
+    for each in (bank, other):
+        gen = torch.Generator().manual_seed(4)
+        for _ in range(12):
+            drawn = each.draw(7, gen)
+            each.put(drawn, drawn.x + 1, 5, gen)
+        results.append(each.state_dict())
+    assert all(torch.equal(results[0][k], v) for k, v in results[1].items())
+    assert bank.report()["burn_in_mean_visits"] < 3
+    state = {k: v for k, v in bank.state_dict().items() if k != "burn_in.age"}
+    with pytest.raises(ValueError, match="burn_in bank.*age"):
+        other.load_state_dict(state)
+
+
+def test_banks_that_cannot_be_one_long_run_bank(rng):
+    plain = Bank(4, born_from_noise((1,)), rejuvenation=0.0, generator=rng)
+    with pytest.raises(ValueError, match="different stacks"):
+        LongRunBank(plain, Bank(4, born_from_noise((1,)), rejuvenation=0.0, stack=2, generator=rng), 3)
+    with pytest.raises(ValueError, match="rejuvenation=0"):
+        LongRunBank(plain, Bank(4, born_from_noise((1,)), rejuvenation=0.1, generator=rng), 3)
 
 
 def test_bad_arguments_are_named(rng):

@@ -142,6 +142,15 @@ def test_stacked_models_are_independent(rng):
             for ours, theirs in zip(single.parameters(), stacked.parameters(), strict=True):
                 ours.copy_(theirs[s])
         torch.testing.assert_close(stacked(x)[s], single(x[s]))
+        member = stacked.member(s)
+        torch.testing.assert_close(member(x[s]), single(x[s]))
+        torch.testing.assert_close(energies.gradient(member, x[s]), energies.gradient(stacked, x)[s])
+        assert member.stack is None and all(p.requires_grad for p in member.parameters())
+    with torch.no_grad():
+        member.net.layers[0].weight.zero_()  # a copy: the stack does not follow
+    assert stacked.net.layers[0].weight[2].abs().sum() > 0
+    with pytest.raises(ValueError, match="not stacked"):
+        member.member(0)
     other = x.clone()
     other[1:] += 1
     torch.testing.assert_close(energies.gradient(stacked, x)[0], energies.gradient(stacked, other)[0])

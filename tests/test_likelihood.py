@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from companion import chains, lifecycle, likelihood
+from companion.chains import born_from_data
 from companion.likelihood import CheckpointError, Run, ml_loss, train
+from companion.networks import MLPEnergy
 
 SETTINGS = {"batch": 16, "steps": 5, "step_size": 0.1, "temperature": 0.05, "data_noise": 0.1}
 
@@ -64,6 +66,19 @@ def test_stacked_loss_is_each_models_own(rng):
 
 def build(seed=0, arm="bank", stack=2):
     rng = torch.Generator().manual_seed(seed)
+    if arm in ("mid", "long", "corrected"):
+        birth, shape = born_from_data(data(), 0.1), (1, 4, 4)
+        if arm == "mid":
+            return lifecycle.mid_run(
+                shape, birth, rate=1e-3, rejuvenation=0.2, rng=rng, stack=stack, bank_size=40, hidden=(8, 8)
+            )
+        prior = None
+        if arm == "corrected":  # the same frozen prior whatever the seed, as a user would load it
+            prior = MLPEnergy(shape, (8,), stack=stack, generator=torch.Generator().manual_seed(5))
+        return lifecycle.long_run(
+            shape, birth, rate=1e-3, visits=2, rng=rng, prior=prior, stack=stack, bank_size=40,
+            burn_in_size=20, hidden=(8, 8),
+        )  # fmt: skip
     return lifecycle.short_run(
         arm, (1, 4, 4), rate=1e-3, network_rate=1e-3, rng=rng, stack=stack, bank_size=40, latent=3
     )
@@ -84,7 +99,7 @@ def same(one: Run, two: Run):
     assert all(torch.equal(x, y) for x, y in zip(state(one), state(two), strict=True))
 
 
-@pytest.mark.parametrize("arm", ["bank", "noise_birth"])
+@pytest.mark.parametrize("arm", ["bank", "noise_birth", "mid", "long", "corrected"])
 @pytest.mark.parametrize("killed_at", [1, 6, 7, 11])
 def test_killed_and_resumed_run_ends_with_the_same_numbers(arm, killed_at, tmp_path):
     schedule = lambda share: 1 - 0.9 * share  # noqa: E731
@@ -215,3 +230,33 @@ def test_quality_over_steps_walks_one_chain_and_clamps(rng):
     assert [len(row) for row in scores] == [2, 2, 2] and set(states) == {0, 4, 9}
     assert all(x.shape == (20, 1, 4, 4) and x.abs().max() <= 1 for x in seen)
     assert run.network.training
+
+
+def test_a_correction_starts_as_its_prior_and_leaves_it_alone(rng):
+    run = build(arm="corrected")
+    x = torch.randn(2, 7, 1, 4, 4, generator=rng)
+    prior = run.energy.prior
+    torch.testing.assert_close(run.energy(x), prior(x), rtol=0, atol=0)  # nothing is corrected yet
+    before = [p.clone() for p in prior.parameters()]
+    train(run, data(), 8, progress=False, **SETTINGS)
+    assert all(torch.equal(a, b) for a, b in zip(before, prior.parameters(), strict=True))
+    assert not torch.equal(run.energy(x), prior(x))
+    value, slope = run.energy.value_and_gradient(x)
+    x.requires_grad_(True)
+    (plain,) = torch.autograd.grad((run.energy.correction(x) + prior(x)).sum(), x)
+    torch.testing.assert_close(slope, plain, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(value, run.energy(x))
+    # A prior kept apart (safetensors) makes the same energy again.
+    copy = build(arm="corrected", seed=3)
+    copy.energy.load_state_dict(run.energy.state_dict())
+    torch.testing.assert_close(copy.energy(x), run.energy(x), rtol=0, atol=0)
+
+
+def test_long_run_negatives_come_from_the_update_bank_alone(rng):
+    """The gradient of the loss must not see the chains that only burn in."""
+    run = build(arm="long", stack=None)
+    run.bank.burn_in.x += 1e3  # far away: as negatives they would be seen at once
+    gauges = likelihood.ml_step(run, data()[:8], steps=1, step_size=1e-3, temperature=1.0)
+    assert gauges["diversity"] < 10 and gauges["graduated"] >= 0
+    with pytest.raises(ValueError, match="unknown network"):
+        lifecycle.long_run((1, 4, 4), born_from_data(data()), rate=1, visits=1, rng=rng, network="mpl")

@@ -119,6 +119,72 @@ def test_split_rhat_sees_disagreement_and_drift(rng):
     assert metrics.split_rhat(agreeing + torch.linspace(0, 3, 2000)) > 1.2  # drift: the halves differ
 
 
+def test_split_rhat_ranked_against_a_second_implementation(rng):
+    """Rank-normalised by scipy, classic formula by numpy; even, odd and tied draws."""
+    np, stats = pytest.importorskip("numpy"), pytest.importorskip("scipy.stats")
+
+    def classic(v):
+        n = v.shape[1]
+        between, within = n * v.mean(1).var(ddof=1), v.var(1, ddof=1).mean()
+        return np.sqrt(((n - 1) / n * within + between / n) / within)
+
+    def scores(v):
+        return stats.norm.ppf((stats.rankdata(v).reshape(v.shape) - 0.375) / (v.size + 0.25))
+
+    for n in (100, 101):
+        chains = torch.randn(4, n, generator=rng).double() + 0.2 * torch.arange(4).unsqueeze(1)
+        for values in (chains, (2 * chains).round()):
+            v = values.numpy()
+            halves = np.concatenate([v[:, : n // 2], v[:, -(n // 2) :]])
+            folded = np.abs(halves - np.median(halves))
+            assert metrics.split_rhat(values) == pytest.approx(classic(halves), rel=1e-12)
+            expected = max(classic(scores(halves)), classic(scores(folded)))
+            assert metrics.split_rhat(values, ranked=True) == pytest.approx(expected, rel=1e-9)
+
+
+def test_ranked_rhat_sees_spread_and_bears_heavy_tails(rng):
+    spread = torch.randn(4, 2000, generator=rng) * torch.tensor([1.0, 1.0, 1.0, 3.0]).unsqueeze(1)
+    assert metrics.split_rhat(spread) < 1.02 and metrics.split_rhat(spread, ranked=True) > 1.1
+    cauchy = torch.randn(4, 2000, generator=rng) / torch.randn(4, 2000, generator=rng)
+    assert metrics.split_rhat(cauchy, ranked=True) == pytest.approx(1.0, abs=0.01)
+    assert metrics.split_rhat(cauchy + 2 * torch.arange(4.0).unsqueeze(1), ranked=True) > 1.1
+
+
+def test_grouped_rhat_asks_the_starts_and_not_the_chains(rng):
+    """3 starts of 100 chains that each stand still: mixed as groups, unmixed as chains."""
+    frozen = torch.randn(3, 100, 1, generator=rng) + 0.1 * torch.randn(3, 100, 50, generator=rng)
+    assert metrics.split_rhat(frozen) < 1.02 < 2 < metrics.split_rhat(frozen.flatten(0, 1))
+    apart = frozen + torch.tensor([0.0, 0.0, 1.5]).reshape(3, 1, 1)
+    drifting = frozen + torch.linspace(0, 3, 50)
+    for ranked in (False, True):
+        assert metrics.split_rhat(apart, ranked) > 1.1 and metrics.split_rhat(drifting, ranked) > 1.1
+    pools = torch.cat([apart[..., :25], apart[..., 25:]]).double()
+    between = pools.mean((1, 2)).var()
+    within = pools.mean(2).var(1).mean() + pools.var(2).mean()
+    assert metrics.split_rhat(apart) == pytest.approx(math.sqrt(1 + between / within))
+    assert math.isfinite(metrics.split_rhat(apart[:, :1]))
+    for shape in ((4,), (2, 3), (1, 2, 3, 4)):
+        with pytest.raises(ValueError, match="split R-hat needs"):
+            metrics.split_rhat(torch.zeros(shape))
+
+
+def test_auroc_against_scikit_learn_and_every_pair(rng):
+    from sklearn.metrics import roc_auc_score
+
+    inside, outside = torch.randn(3, 40, generator=rng), 0.8 + torch.randn(3, 60, generator=rng)
+    for a, b in ((inside, outside), (inside.round(), outside.round())):
+        pairs = (b.unsqueeze(1) > a.unsqueeze(2)).double() + 0.5 * (b.unsqueeze(1) == a.unsqueeze(2))
+        found = metrics.auroc(a, b)
+        torch.testing.assert_close(found, pairs.mean((1, 2)))
+        labels = torch.cat([torch.zeros(40), torch.ones(60)])
+        assert metrics.auroc(a[0], b[0]).item() == pytest.approx(
+            roc_auc_score(labels, torch.cat([a[0], b[0]]))
+        )
+    assert metrics.auroc(inside[0], inside[0]) == 0.5 and metrics.auroc(torch.zeros(2), torch.ones(3)) == 1
+    with pytest.raises(ValueError, match="not numbers"):
+        metrics.auroc(inside, outside * math.nan)
+
+
 @pytest.mark.parametrize("phi", [0.0, 0.5, 0.9])
 def test_effective_sample_size_of_an_autoregression(phi, rng):
     """AR(1): n (1 - phi) / (1 + phi); 8 chains of 4,000, within 20 %."""
