@@ -5,9 +5,10 @@
 Three ways to take it, from the same batch, with the same step size, temperature and noise:
 ``companion.langevin``, a loop as one writes it without thinking of speed, and TorchEBM's
 ``LangevinDynamics`` (an optional extra, ``pip install "downhill-with-noise[bench]"``; without it the
-column is left out). They take turns, a short chain each, so that whatever else the machine does falls
-on all of them; ratios and shares are formed within a turn, then their median and quartiles reported.
-Before any timing the three must make the same update; if not, the script stops.
+column is left out); with ``--compile`` also the companion's step as one call, captured on a GPU and
+compiled elsewhere, beside its plain loop. They take turns, a short chain each, so that whatever else the
+machine does falls on all of them; ratios and shares are formed within a turn, then their median and
+quartiles reported. Before any timing they must all make the same update; if not, the script stops.
 
 The share of the machine's rate counts a step's multiply-adds (those of the energy and of its gradient
 in x; random numbers and activations count for nothing) and divides by two rates measured in the same
@@ -32,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from companion._compiled import NotCompilableError
 from companion.energies import frozen
 from companion.langevin import langevin
 from companion.networks import ConvEnergy, MLPEnergy
@@ -72,6 +74,19 @@ class DifferentUpdateError(RuntimeError):
 
 def companion_sampler(net: nn.Module) -> Sampler:
     return lambda x, steps, rng: langevin(net, x, steps, STEP_SIZE, temperature=TEMPERATURE, generator=rng).x
+
+
+def plain_sampler(net: nn.Module) -> Sampler:
+    return _compiled_or_not(net, False)
+
+
+def compiled_sampler(net: nn.Module) -> Sampler:
+    return _compiled_or_not(net, True)
+
+
+def _compiled_or_not(net: nn.Module, compile: bool) -> Sampler:
+    options = {"temperature": TEMPERATURE, "compile": compile}
+    return lambda x, steps, rng: langevin(net, x, steps, STEP_SIZE, generator=rng, **options).x
 
 
 def naive_sampler(net: nn.Module) -> Sampler:
@@ -302,6 +317,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="torch's threads on a CPU; its own choice by default")
     parser.add_argument("--only", choices=CASES, nargs="+", default=list(CASES), help="these networks")
     parser.add_argument("--require", choices=["torchebm"], nargs="+", default=[], help="an error if missing")
+    parser.add_argument("--compile", action="store_true", help="also companion's step captured or compiled")
     parser.add_argument("--matmul-size", type=int, help="side of the matrices; 2048 on a CPU, 8192 on a GPU")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args(arguments)
@@ -311,6 +327,9 @@ def main(arguments: list[str] | None = None) -> None:
     size = args.matmul_size or (8192 if device.type == "cuda" else 2048)
     try:
         makers = candidates(tuple(args.require))
+        if args.compile:  # left to itself langevin captures on a GPU: the plain loop has to be asked for
+            both = {"companion": plain_sampler, "companion compiled": compiled_sampler}
+            makers = both | makers | both  # first in the table, and over the one already there
         cases = {}
         for name in args.only:
             cases[name] = case = time_case(CASES[name], makers, args.repeats, device, size)
@@ -318,7 +337,7 @@ def main(arguments: list[str] | None = None) -> None:
             for machine in case["machine"].values():
                 median, low, high = machine["rate_giga"].values()
                 print(f"  {median:.4g} ({low:.4g}-{high:.4g}) G/s: {machine['what']}", flush=True)
-    except (ImportError, DifferentUpdateError) as error:
+    except (ImportError, DifferentUpdateError, NotCompilableError) as error:
         raise SystemExit(f"langevin_step.py: {error}") from error
     versions = {"torch": torch.__version__}
     if "torchebm" in makers:

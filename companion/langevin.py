@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from companion import _compiled
 from companion.energies import Energy, energy_and_gradient, frozen
 
 __all__ = ["Chain", "DivergenceError", "Gauges", "langevin", "mala"]
@@ -78,6 +79,7 @@ def langevin(
     generator: torch.Generator | None = None,
     record_every: int | None = None,
     callback: Callback | None = None,
+    compile: bool | None = None,
 ) -> Chain:
     """``steps`` unadjusted Langevin steps from x: x <- x - eps^2/2 grad U(x) + eps z, z ~ N(0, I).
 
@@ -87,11 +89,33 @@ def langevin(
     ``path``; ``callback(step, x, energy)`` is called after each step. Parameters of the energy are
     frozen meanwhile. The states are left unclamped: clamp for display only.
 
+    ``compile`` says how the steps are taken; the numbers are the plain loop's up to rounding, and so is
+    the generator's state. False: one operation after the other. None: on a GPU a float32 or float64
+    ``nn.Module`` has its step captured once as a CUDA graph and replayed, whatever the weights, step
+    size and temperature; everything else, and an energy that cannot be captured, takes the plain loop.
+    True: on a GPU the captured step, elsewhere ``torch.compile``'s (seconds for the first call, hardly faster
+    on a CPU), or a ``companion._compiled.NotCompilableError`` that says why not. A captured energy must not
+    change between the steps of a call other than through x. With a ``callback`` the loop is always plain.
+
     Raises ``DivergenceError`` with step and gauges when an energy or state is not finite, and
     ``ValueError`` for an argument out of range. Source: the gradient step eps^2/2 with noise eps, as in
     Nijkamp et al. 2020 and Hill et al. 2022.
     """
     _check(x, steps, step_size, temperature, base_std, record_every)
+    how = None if callback is not None else _compiled.choose(compile, energy, x)
+    if how is not None:
+        try:
+            with frozen(energy), torch.no_grad():
+                expected = _compiled.reference(energy, x)
+                kernel = _Kernel.build(x, expected[0], step_size, temperature, base_std)
+                run = _compiled.run(
+                    how, energy, x, steps, kernel.coefficients(), expected, generator, record_every
+                )
+            return _chain(run, kernel.gauges(run.first, run.value, run.grad, run.x), steps)
+        except _compiled.NotCompilableError:
+            if compile:
+                raise
+            _compiled.give_up(energy)
     x = x.detach().clone()
     noise = torch.empty_like(x)
     watch = _Watch(x.device)
@@ -111,12 +135,18 @@ def langevin(
                 energies.append(value)
             if callback is not None:
                 callback(step, x, value)
-    gauges = kernel.gauges(first, value, grad, x)
-    if watch.step >= 0:
-        raise DivergenceError(watch.step, gauges, "non-finite energy")
-    if not torch.isfinite(x).all():
+    finite = bool(torch.isfinite(x).all())
+    run = _compiled.Run(x, first, value, grad, path, energies, watch.step, finite)
+    return _chain(run, kernel.gauges(first, value, grad, x), steps)
+
+
+def _chain(run: _compiled.Run, gauges: Gauges, steps: int) -> Chain:
+    if run.trouble >= 0:
+        raise DivergenceError(run.trouble, gauges, "non-finite energy")
+    if not run.finite:
         raise DivergenceError(steps - 1, gauges, "non-finite state")
-    return Chain(x, gauges, torch.stack(path) if path else None, torch.stack(energies) if path else None)
+    path, energies = (torch.stack(kept) if kept else None for kept in (run.path, run.energies))
+    return Chain(run.x, gauges, path, energies)
 
 
 def mala(
@@ -212,6 +242,11 @@ class _Kernel:
             return x if noise is None else x.add_(self.eps * noise)
         x.add_(grad, alpha=-self.half * self.inverse_t)
         return x if noise is None else x.add_(noise, alpha=self.eps)
+
+    def coefficients(self) -> tuple[float | Tensor | None, float | Tensor, float | Tensor]:
+        """``move``'s three: x <- decay x + slope grad + eps noise; no decay without a base measure."""
+        decay = None if self.base_std is None else 1 - self.half / self.base_std**2
+        return decay, -self.half * self.inverse_t, self.eps
 
     def squared(self, v: Tensor) -> Tensor:
         """|v|^2 of each state: ``(*batch, *shape)`` -> ``(*batch,)``."""

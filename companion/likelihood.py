@@ -19,20 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from companion import checkpoint as checkpoints
 from companion.chains import Bank, LongRunBank
+from companion.checkpoint import CheckpointError
 from companion.diagnosis import Band, TrainingDiverged, diagnose
 from companion.langevin import DivergenceError, langevin
 
 __all__ = ["CheckpointError", "Run", "load", "ml_loss", "ml_step", "save", "train"]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read, or belongs to another run."""
 
 
 @dataclass
@@ -156,9 +152,10 @@ def train(
         "updates": updates, "batch": batch, "steps": steps, "step_size": _plain(step_size),
         "temperature": _plain(temperature), "data_noise": data_noise, "half_level": half_level,
         "base_std": base_std, "rates": [rate * (schedule(0.5) if schedule else 1.0) for _, rate in rates],
-        "energy": _describe(run.energy), "data": [*data.shape, round(data.double().mean().item(), 6)],
+        "energy": checkpoints.describe(run.energy),
+        "data": [*data.shape, round(data.double().mean().item(), 6)],
     }  # fmt: skip
-    if checkpoint is not None and (Path(checkpoint) / "checkpoint.json").exists():
+    if checkpoint is not None and checkpoints.exists(checkpoint):
         load(run, checkpoint, settings)
         rates = [(group, group["initial_lr"]) for group in _groups(run)]  # loading replaced the groups
     began, first = time.monotonic(), run.update
@@ -202,43 +199,11 @@ def train(
 
 
 def save(run: Run, folder: str | os.PathLike[str], settings: dict | None = None) -> Path:
-    """Write the run's whole state to ``folder``: tensors (safetensors) and a small JSON that names them.
+    """Write the run's whole state to ``folder``, whole or not at all (``companion.checkpoint``).
 
-    The JSON is renamed into place last, so a process killed at any moment, or a full disk, leaves the
-    previous checkpoint whole. Returns the JSON's path; raises ``CheckpointError`` if it cannot write.
+    Returns the path of its ``checkpoint.json``; raises ``CheckpointError`` if it cannot write.
     """
-    folder = Path(folder)
-    tensors = {f"energy.{k}": v for k, v in run.energy.state_dict().items()}
-    tensors |= {f"bank.{k}": v for k, v in run.bank.state_dict().items()}
-    tensors |= {f"history.{k}": torch.stack(v) for k, v in run.history.items()}
-    tensors["rng"] = run.rng.get_state()
-    groups = {}
-    if run.network is not None:
-        tensors |= {f"network.{k}": v for k, v in run.network.state_dict().items()}
-    for name, optimizer in _optimizers(run).items():
-        state = optimizer.state_dict()
-        groups[name] = state["param_groups"]
-        for i, slots in state["state"].items():
-            tensors |= {f"{name}.{i}.{k}": torch.as_tensor(v) for k, v in slots.items()}
-    # A new name each time: the file that checkpoint.json points to is never overwritten.
-    target = folder / f"checkpoint-{run.update:07d}.safetensors"
-    index = folder / "checkpoint.json"
-    header = {"update": run.update, "tensors": target.name, "groups": groups, "settings": settings}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace(
-            target, lambda path: save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
-        )
-        _replace(index, lambda path: path.write_text(json.dumps(header, indent=1), encoding="utf-8"))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"could not write the checkpoint of update {run.update} to {folder}: {error}. The previous "
-            "checkpoint is untouched; free disk space or choose another folder, and start again."
-        ) from error
-    for old in folder.glob("checkpoint-*.safetensors"):
-        if old != target:
-            old.unlink(missing_ok=True)
-    return index
+    return checkpoints.save(folder, run.update, _parts(run), _optimizers(run), run.rng, run.history, settings)
 
 
 def load(run: Run, folder: str | os.PathLike[str], settings: dict | None = None) -> Run:
@@ -247,51 +212,15 @@ def load(run: Run, folder: str | os.PathLike[str], settings: dict | None = None)
     Raises ``CheckpointError`` if the files are missing or damaged, were made with other ``settings``, or
     do not fit the run's networks, bank or optimisers.
     """
-    index = Path(folder) / "checkpoint.json"
-    remedy = f"Remove {folder} to start afresh, or choose another folder."
-    try:
-        header = json.loads(index.read_text(encoding="utf-8"))
-        tensors = load_file(index.with_name(header["tensors"]))
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read the checkpoint {index}: {error}. {remedy}") from error
-    made_with = header["settings"]
-    if settings is not None and made_with is not None:
-        other = [f"{k}={made_with.get(k)} (now {v})" for k, v in settings.items() if made_with.get(k) != v]
-        if other:
-            raise CheckpointError(f"{index} is of a run with {', '.join(other)}. {remedy}")
-
-    def part(name: str) -> dict[str, Tensor]:
-        return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-
-    try:
-        run.energy.load_state_dict(part("energy"))
-        run.bank.load_state_dict(part("bank"))
-        if run.network is not None:
-            run.network.load_state_dict(part("network"))
-        for name, optimizer in _optimizers(run).items():
-            slots: dict[int, dict[str, Tensor]] = {}
-            for key, value in part(name).items():
-                number, slot = key.split(".", 1)
-                slots.setdefault(int(number), {})[slot] = value
-            optimizer.load_state_dict({"state": slots, "param_groups": header["groups"][name]})
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{index} does not fit this run: {error}. {remedy}") from error
-    run.rng.set_state(tensors["rng"])
-    device = run.bank.x.device
-    run.history = {k: list(v.to(device).unbind(0)) for k, v in part("history").items()}
-    run.update = header["update"]
+    run.update, run.history = checkpoints.load(
+        folder, _parts(run), _optimizers(run), run.rng, run.bank.x.device, settings
+    )
     return run
 
 
 def _spread(x: Tensor, batch_dim: int) -> Tensor:
     """Total variance of a batch of states: ``(*stack, B, *shape)`` -> ``(*stack,)``."""
     return x.var(batch_dim).flatten(batch_dim).sum(-1)
-
-
-def _describe(network: nn.Module) -> str:
-    """What tells two networks apart: class, parameter shapes, and how they are put together."""
-    shapes = ", ".join("x".join(map(str, p.shape)) for p in network.parameters())
-    return f"{type(network).__name__}({shapes})"
 
 
 def _log(run: Run, path: Path, window: int, used: float, first: int, updates: int) -> None:
@@ -303,13 +232,9 @@ def _log(run: Run, path: Path, window: int, used: float, first: int, updates: in
         file.write(json.dumps(line) + "\n")
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _parts(run: Run) -> dict[str, nn.Module | Bank | LongRunBank]:
+    parts = {"energy": run.energy, "bank": run.bank}
+    return parts if run.network is None else parts | {"network": run.network}
 
 
 def _optimizers(run: Run) -> dict[str, torch.optim.Optimizer]:

@@ -24,6 +24,7 @@ __all__ = [
     "FeatureClassifier",
     "auroc",
     "autocorrelation",
+    "coverage",
     "effective_sample_size",
     "energy_distance",
     "fid",
@@ -209,6 +210,19 @@ class Coverage:
     modes: int  # modes that hold at least one high-quality sample
     high_quality: float  # share of samples within ``radius`` standard deviations of a mode
     balance: float  # entropy of the mode counts over log K: 1 is even
+
+
+def coverage(real: Tensor, fake: Tensor, neighbours: int = 5) -> float:
+    """Share of real points that have a fake in the ball reaching to their k-th nearest real neighbour.
+
+    Features ``(n, d)`` and ``(m, d)``. 1 - 2^-k in expectation for fakes of the real law at m = n, as the
+    paper derives; quality bought with diversity lowers it. Raises ``ValueError`` for fewer than k + 1 real
+    points. Source: Naeem et al. 2020, eq. 9.
+    """
+    if len(real) <= neighbours or not len(fake):
+        raise ValueError(f"coverage with k={neighbours} needs more than {neighbours} real points and a fake")
+    radius = torch.cdist(real, real).kthvalue(neighbours + 1, dim=1).values  # the first is the point itself
+    return (torch.cdist(real, fake).amin(1) <= radius).double().mean().item()
 
 
 def auroc(inside: Tensor, outside: Tensor) -> Tensor:

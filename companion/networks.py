@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ConvEnergy", "ConvGenerator", "MLP", "MLPEnergy", "MLPGenerator", "ResidualEnergy", "initialise"]
+__all__ = [
+    "ConvEnergy",
+    "ConvGenerator",
+    "MLP",
+    "MLPEnergy",
+    "MLPGenerator",
+    "PointGenerator",
+    "ResidualEnergy",
+    "initialise",
+]
 
 
 aten = torch.ops.aten  # the activations' own backward passes, as autograd calls them
@@ -224,6 +233,25 @@ class MLPGenerator(nn.Module):
         return self.net(z).tanh().unflatten(-1, self.shape)
 
 
+class PointGenerator(nn.Module):
+    """G: latents ``(*batch, z)`` -> points ``(*batch, d)``: linear layers and ReLU, nothing normalised."""
+
+    def __init__(
+        self,
+        dim: int = 2,
+        latent: int = 2,
+        hidden: tuple[int, ...] = (128, 128, 128),
+        stack: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape, self.latent, self.stack = (dim,), latent, stack
+        self.net = MLP((latent, *hidden, dim), stack, nn.ReLU, generator=generator)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.net(z)
+
+
 class ConvEnergy(nn.Module):
     """The small convolutional energy of Nijkamp et al. 2020 ("vanilla"), for 28x28 and 32x32 images.
 
@@ -311,10 +339,10 @@ class ResidualEnergy(nn.Module):
 
 
 class ConvGenerator(nn.Module):
-    """The SNGAN-32 generator: ``(B, z)`` -> ``(B, C, H, W)`` in [-1, 1], for H = W = 28 or 32.
+    """The SNGAN-32 generator: ``(B, z)`` -> ``(B, C, H, W)`` in [-1, 1], for H = W from 5 to 32.
 
-    Dense to 4x4, three batch-normalised residual blocks that double the side, conv, tanh; a 28x28 image
-    is the 32x32 one without its border.
+    Dense to 4x4, batch-normalised residual blocks that double the side (three up to 32x32, one for the 8x8
+    digits), conv, tanh; a 28x28 image is the 32x32 one without its border.
     """
 
     def __init__(
@@ -325,11 +353,11 @@ class ConvGenerator(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if shape[1] != shape[2] or not 17 <= shape[1] <= 32:
-            raise ValueError(f"ConvGenerator makes square images of side 17 to 32, not {shape[1:]}")
+        if shape[1] != shape[2] or not 5 <= shape[1] <= 32:
+            raise ValueError(f"ConvGenerator makes square images of side 5 to 32, not {shape[1:]}")
         self.shape, self.latent, self.stack, self.width = tuple(shape), latent, None, width
         self.dense = nn.Linear(latent, width * 16)
-        self.blocks = nn.ModuleList([_UpBlock(width) for _ in range(3)])
+        self.blocks = nn.ModuleList([_UpBlock(width) for _ in range(math.ceil(math.log2(shape[1] / 4)))])
         self.norm = nn.BatchNorm2d(width)
         self.out = nn.Conv2d(width, shape[0], 3, padding=1)
         initialise(self, generator)
@@ -338,8 +366,8 @@ class ConvGenerator(nn.Module):
         x = self.dense(z).unflatten(1, (self.width, 4, 4))
         for block in self.blocks:
             x = block(x)
-        x = self.out(F.relu(self.norm(x))).tanh()  # (B, C, 32, 32)
-        border = (32 - self.shape[1]) // 2
+        x = self.out(F.relu(self.norm(x))).tanh()  # (B, C, 32, 32), or 8x8, 16x16
+        border = (x.shape[-1] - self.shape[1]) // 2
         return x[:, :, border : border + self.shape[1], border : border + self.shape[2]]
 
 

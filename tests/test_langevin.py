@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import shutil
+import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from companion import _compiled
+from companion._compiled import NotCompilableError
 from companion.energies import Gaussian, GaussianMixture
 from companion.langevin import DivergenceError, langevin, mala
-from companion.networks import ConvEnergy
+from companion.networks import ConvEnergy, MLPEnergy
 
 
 def gaussian(std=1.0, dim=1):
@@ -180,3 +187,236 @@ def test_arguments_out_of_range_are_named(sampler, change, message):
 def test_an_energy_that_is_not_one_number_a_chain_is_refused():
     with pytest.raises(ValueError, match="batch part"):
         langevin(lambda x: x.sum(0), torch.zeros(3, 2), 2, 0.1)
+
+
+# The step as one call. A CUDA graph cannot be had here; ``Tape`` stands in for it.
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph does, on a CPU: the operations of one call again, on the same memory.
+
+    Python is not asked again, so state in Python stays what it was at the recording; tensors are read anew.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("the host waits for the device")
+        out = func(*args, **(kwargs or {}))
+        self.rows.append((func, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, out in self.rows:
+            read = [t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)]
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if torch.is_tensor(old) and old.untyped_storage().data_ptr() not in read:
+                    old.copy_(new)
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    """langevin as on a GPU, with tapes for graphs; the list of those recorded."""
+    recorded = []
+
+    def capture(call, device):
+        tape = Tape()
+        for _ in range(3):
+            call()
+        with tape:
+            outputs = call()
+        recorded.append(tape)
+        return lambda: (tape.replay(), outputs)[1]
+
+    monkeypatch.setattr(_compiled, "_mechanism", lambda device: "graph")
+    monkeypatch.setattr(_compiled, "_capture", capture)
+    return recorded
+
+
+class Autograd(nn.Module):
+    """An energy without a closed form, with a number and a mode that a recording cannot see."""
+
+    def __init__(self, extra=None, scale=1.0):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), *([extra] if extra else []), nn.Linear(16, 1))
+        self.scale = scale
+
+    def forward(self, x):
+        return self.scale * self.net(x.flatten(1)).squeeze(1)
+
+
+ENERGIES = {
+    "mlp": (lambda: MLPEnergy((6,), (16, 16)), (10, 6)),
+    "stacked": (lambda: MLPEnergy((2, 3), (16,), stack=2), (2, 10, 2, 3)),
+    "conv": (lambda: ConvEnergy((1, 8, 8), width=2), (4, 1, 8, 8)),
+    "autograd": (Autograd, (10, 2, 3)),
+}
+
+
+def both(energy, x, steps=12, step_size=0.1, **options):
+    """Plain and compiled from the same noise, and that the generators are left in the same state."""
+    chains, states = [], []
+    for compile in (False, options.pop("compile", True)):
+        generator = torch.Generator().manual_seed(3)
+        chains.append(langevin(energy, x, steps, step_size, generator=generator, compile=compile, **options))
+        states.append(generator.get_state())
+    assert torch.equal(*states)
+    plain, ours = chains
+    torch.testing.assert_close(vars(ours.gauges), vars(plain.gauges))
+    for name in ("x", "path", "energies"):
+        if getattr(plain, name) is not None:
+            torch.testing.assert_close(getattr(ours, name), getattr(plain, name))
+    return ours
+
+
+@pytest.mark.parametrize("name", ENERGIES)
+@pytest.mark.parametrize("way", ["graph", "compile"])
+def test_the_step_as_one_call_gives_the_plain_loops_numbers(name, way, request, monkeypatch):
+    request.getfixturevalue("tapes") if way == "graph" else monkeypatch.setattr(_compiled, "BACKEND", "eager")
+    make, shape = ENERGIES[name]
+    energy, x = make(), torch.randn(shape)
+    chain = both(energy, x, temperature=0.5, base_std=2.0, record_every=3)
+    assert chain.path.shape[0] == 4 and all(p.requires_grad for p in energy.parameters())
+    if name == "stacked":
+        both(energy, x, step_size=torch.tensor([0.1, 0.3]), temperature=torch.tensor([0.5, 2.0]))
+
+
+def test_a_function_and_an_analytic_energy_compile_and_take_the_plain_loop_unasked(monkeypatch, tapes):
+    net = nn.Linear(2, 1)
+    for energy in (lambda x: net(x).squeeze(1).square(), GaussianMixture.ring()):
+        both(energy, torch.randn(5, 2), compile=None)
+        with pytest.raises(NotCompilableError, match="nn.Module"):
+            langevin(energy, torch.randn(5, 2), 3, 0.1, compile=True)
+    assert not tapes
+    monkeypatch.undo()
+    monkeypatch.setattr(_compiled, "BACKEND", "eager")
+    for energy in (lambda x: net(x).squeeze(1).square(), GaussianMixture.ring()):
+        both(energy, torch.zeros(5, 2))  # the mixture's gradient at 0 is nothing but rounding
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_gives_the_plain_numbers_and_compiles_once_for_weights_step_sizes_and_temperatures():
+    """The default back end; a second compilation would count."""
+    energy, x = MLPEnergy((6,), (16,)), torch.randn(10, 6)
+    before = both(energy, x).x
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch.no_grad():
+        energy.net.layers[0].weight.mul_(3)
+    after = both(energy, x, steps=7).x
+    assert (after - before).abs().max() > 1e-3
+    both(energy, x, step_size=0.2, temperature=3.0)
+    both(MLPEnergy((6,), (16,)), x)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+
+
+def test_one_recording_serves_a_training(tapes):
+    """Weights updated in place, other step sizes, temperatures, lengths and starts: recorded once."""
+    energy, x = MLPEnergy((6,), (16, 16)), torch.randn(10, 6)
+    optimiser = torch.optim.Adam(energy.parameters(), 0.05)
+    ends = []
+    for step in range(4):
+        ends.append(
+            both(
+                energy, x + step, steps=3 + step, step_size=0.1 + step, temperature=2.0**step, compile=None
+            ).x
+        )
+        kept = ends[0].clone()
+        optimiser.zero_grad()
+        energy(x).square().sum().backward()
+        optimiser.step()
+    assert len(tapes) == 1 and torch.equal(kept, ends[0])  # what was returned is not overwritten
+    both(energy, torch.randn(4, 6), compile=None)
+    both(energy, x, base_std=1.0, compile=None)
+    both(energy, x, compile=None)
+    assert len(tapes) == 3  # another shape and another set of coefficients, each recorded beside the first
+
+
+def test_a_recording_is_made_anew_when_python_state_or_an_address_has_changed(tapes):
+    energy, x = Autograd(), torch.randn(10, 6)
+    both(energy, x)
+    energy.scale = 1.01  # an address does not show it; the comparison of the first step does
+    both(energy, x, compile=None)
+    assert len(tapes) == 2
+    weight = energy.net[0].weight
+    weight.data = 2 * weight.data
+    both(energy, x, compile=None)
+    assert len(tapes) == 3
+    energy.net[2] = nn.Linear(16, 1)
+    both(energy, x, compile=None)
+    assert len(tapes) == 4
+
+
+def test_recordings_are_few_and_die_with_their_energy(tapes):
+    energy = Autograd()
+    for batch in range(1, 8):
+        langevin(energy, torch.randn(batch, 6), 2, 0.1)
+    assert len(_compiled._recordings[energy]) == _compiled.KEPT
+    gone = weakref.ref(energy)
+    del energy
+    gc.collect()
+    assert gone() is None
+
+
+class Waiting(Autograd):
+    def forward(self, x):
+        return super().forward(x) * (2.0 if x.sum().item() > 0 else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Autograd(nn.Dropout(0.5)), "random numbers"),
+        (lambda: Autograd(nn.BatchNorm1d(16)), "buffers"),
+        (Waiting, "host waits"),
+    ],
+)
+def test_an_energy_that_cannot_be_recorded_is_an_error_asked_and_the_plain_loop_unasked(make, reason, tapes):
+    energy, x, rng = make(), torch.randn(10, 6), torch.Generator().manual_seed(1)
+    state, buffers = rng.get_state(), [b.clone() for b in energy.buffers()]
+    with pytest.raises(NotCompilableError, match=reason):
+        langevin(energy, x, 5, 0.1, generator=rng, compile=True)
+    assert torch.equal(rng.get_state(), state)
+    assert all(torch.equal(b, old) for b, old in zip(energy.buffers(), buffers, strict=True))
+    made = len(tapes)
+    for _ in range(2):
+        ends = []
+        for compile in (False, None):
+            torch.manual_seed(5)  # what dropout draws from
+            ends.append(langevin(energy, x, 5, 0.1, generator=rng.manual_seed(2), compile=compile).x)
+        assert torch.equal(*ends)
+    assert len(tapes) <= made + 1  # tried once, then known
+
+
+def test_half_precision_is_refused_and_what_dynamo_cannot_read_is_a_clear_error(monkeypatch):
+    with pytest.raises(NotCompilableError, match="bfloat16"):
+        langevin(gaussian(), torch.zeros(3, 1, dtype=torch.bfloat16), 2, 0.1, compile=True)
+    monkeypatch.setattr(_compiled, "BACKEND", "eager")
+    with pytest.raises(NotCompilableError, match="cannot be compiled"):
+        langevin(Waiting(), torch.randn(3, 6), 2, 0.1, compile=True)
+
+
+@pytest.mark.parametrize("way", ["graph", "compile"])
+def test_compiled_divergence_says_where(way, request, monkeypatch):
+    request.getfixturevalue("tapes") if way == "graph" else monkeypatch.setattr(_compiled, "BACKEND", "eager")
+    energy, x = MLPEnergy((2,), (8,)), torch.ones(4, 2)
+    energy.forward, energy.value_and_gradient = None, lambda x: (x.square().sum(-1) * 50, x * 100)
+    steps = []
+    for compile in (False, True):
+        with pytest.raises(DivergenceError, match="non-finite energy") as caught:
+            langevin(energy, x, 500, 0.25, generator=torch.Generator().manual_seed(0), compile=compile)
+        steps.append(caught.value.step)
+    assert 10 < steps[0] == steps[1] < 500
+    with pytest.raises(DivergenceError) as caught:
+        langevin(energy, x * math.nan, 5, 0.25, compile=True)
+    assert caught.value.step == 0
+    with pytest.raises(DivergenceError, match="non-finite state"):
+        langevin(energy, x * 5e17, 1, 1e10, compile=True)
+
+
+def test_a_callback_has_the_plain_loop(tapes):
+    langevin(Autograd(), torch.randn(3, 6), 4, 0.1, callback=lambda k, x, e: None, compile=True)
+    assert not tapes

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from companion import chains, lifecycle, likelihood
+from companion import chains, checkpoint, lifecycle, likelihood
 from companion.chains import born_from_data
 from companion.likelihood import CheckpointError, Run, ml_loss, train
 from companion.networks import MLPEnergy
@@ -146,7 +146,7 @@ def test_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(likelihood, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     run.update += 1
     with pytest.raises(CheckpointError, match="No space left.*previous checkpoint is untouched"):
         likelihood.save(run, tmp_path)
