@@ -1,8 +1,9 @@
-"""Keep a profile's measured figures in git: ``python tools/record.py [--profile cpu]`` after a whole run.
+"""Keep a profile's measured figures in git: ``python tools/record.py [--profile cpu]`` after a run.
 
 Writes ``results/<profile>-<device>.json`` from ``build/<profile>/results/``, copies the README's picture from
 the executed chapter, and renews the README's chapter table from those figures, so that no number in it is
-typed. Refuses figures that were made from uncommitted code.
+typed. Chapters that were not run again keep the figures that the file already holds, each with the commit it
+was made at. Refuses figures that were made from uncommitted code.
 """
 
 from __future__ import annotations
@@ -68,6 +69,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"figures in {build} {what}; commit, then run the profile with --fresh", file=sys.stderr)
         return 1
     device = re.sub(r"[^a-z0-9]+", "-", next(iter(results.values()))["device"].lower()).strip("-")
+    target = root / "results" / f"{args.profile}-{device}.json"
+    if target.exists():
+        kept = json.loads(target.read_text(encoding="utf-8"))["chapters"]
+        names = re.findall(r"file: book/([\w-]+)", toc)
+        both = kept | results
+        results = {name: both[name] for name in names if name in both}
     record = {
         "command": f"python book/run.py --profile {args.profile}",
         "profile": args.profile,
@@ -76,12 +83,12 @@ def main(argv: list[str] | None = None) -> int:
             for name, result in results.items()
         },
     }
-    target = root / "results" / f"{args.profile}-{device}.json"
     target.parent.mkdir(exist_ok=True)
     _replace(target, json.dumps(record, indent=1) + "\n")
     print(f"wrote {target.relative_to(root)}")
     if args.profile == "cpu":
-        shutil.copy(build / "figures" / PICTURE[0], root / PICTURE[1])
+        if (build / "figures" / PICTURE[0]).exists():
+            shutil.copy(build / "figures" / PICTURE[0], root / PICTURE[1])
         readme = root / "README.md"
         _replace(readme, renewed(readme.read_text(encoding="utf-8"), chapter_table(root, record)))
         print(f"renewed README.md and {PICTURE[1]}")
