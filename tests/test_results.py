@@ -135,3 +135,51 @@ def test_figures_of_uncommitted_code_are_refused(tmp_path, capsys):
     (folder / "one.json").write_text(json.dumps({"commit": "abc+dirty"}), encoding="utf-8")
     assert record.main(["--root", str(tmp_path)]) == 1
     assert "uncommitted code: one" in capsys.readouterr().err
+
+
+def test_chapters_that_were_not_run_again_keep_their_figures(tmp_path):
+    record = script("tools/record.py")
+    (tmp_path / "_toc.yml").write_text("- file: book/one\n- file: book/two\n", encoding="utf-8")
+    (tmp_path / "README.md").write_text(f"{record.BEGIN}\n{record.END}\n", encoding="utf-8")
+    (tmp_path / "book").mkdir()
+    folder = tmp_path / "build" / "cpu" / "results"
+    folder.mkdir(parents=True)
+    entry = {"device": "cpu (x)", "seconds": 60, "versions": {"torch": "2"}, "figures": {}}
+    for name in ("one", "two"):
+        front = f"---\ntitle: {name}\nmethod: m\npaper: p\n---\n"
+        (tmp_path / "book" / f"{name}.md").write_text(front, encoding="utf-8")
+        (folder / f"{name}.json").write_text(json.dumps(entry | {"commit": "old"}), encoding="utf-8")
+    assert record.main(["--root", str(tmp_path)]) == 0
+    (folder / "one.json").unlink()
+    (folder / "two.json").write_text(json.dumps(entry | {"commit": "new"}), encoding="utf-8")
+    assert record.main(["--root", str(tmp_path)]) == 0
+    (file,) = (tmp_path / "results").glob("cpu-*.json")
+    chapters = json.loads(file.read_text(encoding="utf-8"))["chapters"]
+    assert {name: row["commit"] for name, row in chapters.items()} == {"one": "old", "two": "new"}
+
+
+def test_the_chapter_on_critics_uses_each_arms_best_trial():
+    record = json.loads((ROOT / "results/tuning-refine.json").read_text(encoding="utf-8"))
+    tune, chapter = script("benchmarks/tune_refine.py"), parameters("discriminator-langevin")
+    for part, fixed in (("plane", tune.PLANE), ("digits", tune.IMAGES)):
+        assert record[part] == fixed
+        for name, value in fixed.items():
+            assert json.loads(chapter[name]) == value, name
+        for arm, best in record["best"][part].items():
+            rows = [r for r in record["trials"] if (r["part"], r["arm"]) == (part, arm)]
+            assert sorted(r["trial"] for r in rows) == list(range(tune.TRIALS[part]))
+            for r in rows:
+                assert all(r[k] == v for k, v in tune.settings(part, arm, r["trial"]).items())
+            assert best == max((r for r in rows if "score" in r), key=lambda r: r["score"])
+    names = {
+        "data_space": ("space_step_size", "space_beta"), "ddls": ("latent_step_size", "latent_beta"),
+        "dgflow": ("flow_step_size", "flow_beta"), "dot": ("dot_step_size",),
+        "dcd": ("step_size", "beta", "tune_rate"),
+    }  # fmt: skip
+    for arm, parts in names.items():
+        best = record["best"]["plane"][arm]
+        chosen = [best[k] for k in ("step_size", "beta", "rate") if k in best]
+        assert [float(chapter[name]) for name in parts] == chosen, arm
+    for arm, best in record["best"]["digits"].items():
+        chosen = [best[k] for k in ("step_size", "beta", "rate") if k in best]
+        assert json.loads(chapter[f"images_{arm}"]) == chosen, arm
