@@ -1,6 +1,7 @@
 # `make` alone says what there is. Every target can be run again and again, from any state of .venv and build.
 PYTHON ?= python3
 PROFILE ?= cpu
+JOBS ?= 1
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
@@ -10,17 +11,18 @@ PY := .venv/bin/python
 help: ## what there is
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
 	  printf '  make %-12s %s\n' "$$name" "$$text"; done
-	@echo; echo '  PYTHON=python3.12 chooses the Python of setup, PROFILE=smoke|cpu|gpu|paper what is run.'
+	@echo; echo '  PYTHON=python3.12 chooses the Python of setup, PROFILE=smoke|cpu|gpu|paper what is run,'; \
+	echo '  JOBS=2 runs two chapters side by side, each with half the cores.'
 
 setup: ## make or renew .venv (no time when nothing changed)
 	@command -v $(PYTHON) >/dev/null || { echo 'setup: error: no $(PYTHON) here; name one: make setup PYTHON=...'; exit 1; }
 	@$(PYTHON) tools/setup.py
 
 course: setup ## run every chapter in the cpu profile and build the book
-	$(PY) book/run.py --profile cpu
+	$(PY) book/run.py --profile cpu --jobs $(JOBS)
 
 book: setup ## the same for PROFILE
-	$(PY) book/run.py --profile $(PROFILE)
+	$(PY) book/run.py --profile $(PROFILE) --jobs $(JOBS)
 
 chapter: setup ## one chapter, in the book: make chapter ONLY=short-run [SET="n_seeds=1 steps=60"] [PROFILE=...]
 	@test -n "$(ONLY)" || { echo 'which one? make chapter ONLY=<chapter>; there are:'; \
@@ -29,7 +31,7 @@ chapter: setup ## one chapter, in the book: make chapter ONLY=short-run [SET="n_
 
 test: setup lint ## lint, unit tests, every chapter in the smoke profile, every page in a browser
 	$(PY) -m pytest -q -n 2 --ignore=tests/test_pages.py
-	$(PY) book/run.py --profile smoke
+	$(PY) book/run.py --profile smoke --jobs 2
 	BOOK_SITE=build/smoke/html $(PY) -m pytest -q tests/test_pages.py
 
 pages: setup ## open every page of PROFILE's book in headless Chromium

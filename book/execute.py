@@ -2,6 +2,7 @@
 
 The kernel is one of this very interpreter and works in the project's root. A chapter that fails leaves its
 partial notebook under ``failed/`` and an error that shows the cell; one that is interrupted leaves its log.
+``execute_all`` runs several chapters side by side, one kernel each.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,7 +33,7 @@ from nbformat import NotebookNode
 from parameters import BookError
 from plan import Chapter, Layout, Profile
 
-__all__ = ["ChapterFailed", "execute", "glued_numbers"]
+__all__ = ["ChapterFailed", "execute_all", "glued_numbers"]
 
 ENVIRONMENT_CELL = """\
 import json as _json
@@ -69,7 +72,7 @@ def _kernel_manager() -> type:
 
         @classmethod
         def kill_all(cls) -> None:
-            """End the kernels started so far, and the processes that they started."""
+            """End the kernels of this class, and the processes that they started."""
             for manager in cls.started:
                 group = getattr(manager.provisioner, "pid", None)  # a kernel leads a process group
                 if group:
@@ -79,33 +82,78 @@ def _kernel_manager() -> type:
     return ThisPython
 
 
-def _wait(done: Future[Any], kernels: Any) -> None:
-    """Wait for papermill's thread; on an interrupt end its kernel first, then the thread ends by itself."""
-    try:
-        done.result()
-    except KeyboardInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave the kernel behind
-        while not done.done():
-            kernels.kill_all()
-            time.sleep(0.1)
-        raise
+# --- several chapters -----------------------------------------------------------------------------
+
+
+class _Interrupted(Exception):
+    """This chapter's kernel was ended because the whole run was interrupted."""
+
+
+def execute_all(
+    chapters: Sequence[Chapter],
+    values: dict[str, dict[str, Any]],
+    profile: Profile,
+    layout: Layout,
+    jobs: int = 1,
+) -> Iterator[tuple[Chapter, dict[str, Any] | ChapterFailed]]:
+    """Run chapters, at most ``jobs`` at a time; yield each with its results, or its failure, when it ends.
+
+    After a failure no further chapter is started, those at work still end. Raises ``KeyboardInterrupt`` once
+    every kernel is gone.
+    """
+    import papermill  # noqa: F401  half a second, and better not in several threads at once
+
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # _explain says it better
+    waiting, running, kernels, stop = list(chapters), {}, [], threading.Event()
+    # Outside the main thread nbclient installs no signal handlers of its own, so an interrupt comes to the
+    # wait below and does not look like a kernel that died.
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            while running or waiting:
+                while waiting and len(running) < jobs:
+                    chapter, kernel = waiting.pop(0), _kernel_manager()
+                    kernels.append(kernel)
+                    future = pool.submit(
+                        _execute, chapter, values[chapter.name], profile, layout, kernel, stop
+                    )
+                    running[future] = chapter
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    chapter = running.pop(future)
+                    try:
+                        outcome: dict[str, Any] | ChapterFailed = future.result()
+                    except ChapterFailed as error:
+                        outcome, waiting = error, []
+                    yield chapter, outcome
+        except BaseException:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave a kernel behind
+            stop.set()
+            while not all(future.done() for future in running):
+                for kernel in kernels:
+                    kernel.kill_all()
+                time.sleep(0.1)
+            raise
 
 
 # --- one chapter ----------------------------------------------------------------------------------
 
 
-def execute(chapter: Chapter, values: dict[str, Any], profile: Profile, layout: Layout) -> dict[str, Any]:
+def _execute(
+    chapter: Chapter,
+    values: dict[str, Any],
+    profile: Profile,
+    layout: Layout,
+    kernel: Any,
+    stop: threading.Event,
+) -> dict[str, Any]:
     """Run one chapter, put its notebook and results in place, and return the results.
 
-    Raises ``ChapterFailed`` (the partial notebook is then under ``failed/``) or ``KeyboardInterrupt``
-    (of this run of the chapter only the log is left). What earlier runs left stays as it is.
+    Raises ``ChapterFailed`` (the partial notebook is then under ``failed/``) or, after ``stop``,
+    ``_Interrupted`` (of this run of the chapter only the log is left). What earlier runs left stays as it is.
     """
     import papermill
 
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # _explain says it better
     key = keys.cache_key(layout.root, chapter, values, profile.name)  # of what is read now
-    kernels = _kernel_manager()
     source = layout.folder("running") / f"{chapter.name}.source.ipynb"
     running = layout.folder("running") / f"{chapter.name}.ipynb"
     notebook = copy.deepcopy(chapter.notebook)
@@ -116,20 +164,14 @@ def execute(chapter: Chapter, values: dict[str, Any], profile: Profile, layout: 
     defaults = {name: parameter.default for name, parameter in chapter.parameters.items()}
     started = time.perf_counter()
     try:
-        with (
-            (layout.folder("logs") / f"{chapter.name}.log").open("w", encoding="utf-8") as log,
-            ThreadPoolExecutor(1) as pool,
-        ):
-            # Outside the main thread nbclient installs no signal handlers of its own, so an interrupt
-            # comes to _wait and does not look like a kernel that died.
-            run = pool.submit(
-                papermill.execute_notebook,
+        with (layout.folder("logs") / f"{chapter.name}.log").open("w", encoding="utf-8") as log:
+            papermill.execute_notebook(
                 source,
                 running,
                 parameters={name: value for name, value in values.items() if value != defaults[name]},
                 kernel_name="python3",
                 language="python",
-                kernel_manager_class=kernels,
+                kernel_manager_class=kernel,
                 shutdown_kernel="immediate",
                 cwd=layout.root,
                 progress_bar={"desc": chapter.name, "leave": False} if sys.stderr.isatty() else False,
@@ -138,19 +180,18 @@ def execute(chapter: Chapter, values: dict[str, Any], profile: Profile, layout: 
                 start_timeout=profile.run.start_timeout,
                 execution_timeout=profile.run.cell_timeout,
             )
-            _wait(run, kernels)
         executed = nbformat.read(running, as_version=4)
         result = _result(chapter, values, layout, executed)
     except Exception as error:
+        if stop.is_set():
+            running.unlink(missing_ok=True)
+            raise _Interrupted from error
         message = _explain(error, chapter, profile, layout, running)
         if running.exists():
             os.replace(running, layout.folder("failed") / running.name)
         raise ChapterFailed(message) from error
-    except BaseException:
-        running.unlink(missing_ok=True)
-        raise
     finally:
-        kernels.kill_all()
+        kernel.kill_all()
         source.unlink(missing_ok=True)
     result |= {"seconds": round(time.perf_counter() - started, 1), "key": key}
     # The old result goes first and the new one comes last: a result in place vouches for its notebook.

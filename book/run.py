@@ -13,6 +13,9 @@ was executed and builds the book from it. A run leaves under ``build/<profile>/`
 
 A chapter whose source, parameters, companion and packages are unchanged is not run again. Exit status:
 0 done, 1 a chapter or the build failed, 2 something in the call is wrong, 130 interrupted.
+
+``--jobs 2`` runs two chapters side by side, each with half the cores. Small networks gain little from a
+second core, so the whole is done sooner, though each chapter by itself takes longer.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from typing import Any
 import keys
 import pages
 import plan
-from execute import ChapterFailed, execute
+from execute import ChapterFailed, execute_all
 from parameters import BookError
 from plan import Chapter, Layout, Profile
 from render import BuildFailed, build_book
@@ -47,14 +50,14 @@ def is_current(chapter: Chapter, values: dict[str, Any], layout: Layout) -> bool
     )
 
 
-def _share_the_cores() -> None:
-    """Give the numerical libraries as many threads as this process may really use."""
+def _share_the_cores(jobs: int) -> None:
+    """Give the numerical libraries of each job its part of the threads that this process may really use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # a container's quota, which the count above ignores
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = max(1, min(cores, int(quota) // int(period)))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ.setdefault(name, str(cores))
+        os.environ.setdefault(name, str(max(1, cores // jobs)))
     os.environ.setdefault("TQDM_MININTERVAL", "10")  # bars inside chapters go to a log, not to a terminal
 
 
@@ -80,12 +83,19 @@ def _list(chapters: list[Chapter], values: dict[str, dict[str, Any]], layout: La
             print(f"    {name} = {values[chapter.name][name]!r:<24} {parameter.comment}")
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 on, not {text!r}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="book/run.py", description="Run chapters and build the book.")
     parser.add_argument("--profile", default="cpu", help="smoke, cpu (default), gpu or paper")
     parser.add_argument("--only", nargs="+", action="extend", default=[], metavar="CHAPTER")
     parser.add_argument("--set", action="append", default=[], metavar="[CHAPTER.]NAME=VALUE", dest="settings")
     parser.add_argument("--data", metavar="NAME_OR_PATH", help="data set for the chapters that take one")
+    parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="chapters side by side (1)")
     parser.add_argument("--fresh", action="store_true", help="run chapters again even if nothing changed")
     parser.add_argument("--no-build", action="store_true", help="run chapters, do not build the book")
     parser.add_argument("--list", action="store_true", help="show chapters and parameters, run nothing")
@@ -103,18 +113,30 @@ def _run(args: argparse.Namespace) -> None:
     if args.list:
         _list(selected, values, layout)
         return
-    _share_the_cores()
+    _share_the_cores(args.jobs)
     with _alone(layout):
-        progress = tqdm(selected, desc="chapters", unit="chapter", disable=not sys.stderr.isatty())
-        for number, chapter in enumerate(progress, start=1):
-            note = "unchanged, not run again"
-            if args.fresh or not is_current(chapter, values[chapter.name], layout):
-                result = execute(chapter, values[chapter.name], profile, layout)
-                note = f"{result['seconds']:.1f} s, peak memory {result['peak_memory_mb']:.0f} MB"
-            tqdm.write(f"[{number}/{len(selected)}] {chapter.name}: {note}")
-            sys.stdout.flush()
+        due = [c for c in selected if args.fresh or not is_current(c, values[c.name], layout)]
+        for chapter in selected:
+            if chapter not in due:
+                _say(selected, chapter, "unchanged, not run again")
+        failure: ChapterFailed | None = None
+        with contextlib.closing(execute_all(due, values, profile, layout, args.jobs)) as outcomes:
+            for chapter, outcome in tqdm(outcomes, "chapters", len(due), disable=not sys.stderr.isatty()):
+                if isinstance(outcome, ChapterFailed):
+                    failure = failure or outcome
+                    _say(selected, chapter, "failed")
+                else:
+                    seconds, memory = outcome["seconds"], outcome["peak_memory_mb"]
+                    _say(selected, chapter, f"{seconds:.1f} s, peak memory {memory:.0f} MB")
+        if failure is not None:
+            raise failure
         if not args.no_build:
             build_book(layout, chapters, _stale(chapters, selected, profile, layout))
+
+
+def _say(selected: list[Chapter], chapter: Chapter, note: str) -> None:
+    tqdm.write(f"[{selected.index(chapter) + 1}/{len(selected)}] {chapter.name}: {note}")
+    sys.stdout.flush()
 
 
 def _stale(

@@ -347,31 +347,36 @@ def processes_in(folder):
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_no_kernel_and_goes_on(project, book, number):
-    slow = cell(
+@pytest.mark.parametrize(
+    ("number", "jobs"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGINT, 2)], ids=str
+)
+def test_an_interrupted_run_leaves_no_kernel_and_goes_on(project, book, number, jobs):
+    slow = (
         "import os, pathlib, subprocess, time\n"
         "if not pathlib.Path('go').exists():\n"
         "    child = subprocess.Popen(['sleep', '60'])\n"
-        "    pathlib.Path('pids').write_text(f'{os.getpid()} {child.pid} .')\n"
+        "    pathlib.Path('NAME').write_text(f'{os.getpid()} {child.pid} .')\n"
         "    time.sleep(60)"
     )
-    root = project(first=chapter("One", "\nWords.\n"), second=chapter("Two", slow, "\nMore words.\n"))
+    names = ["second", "third"][:jobs]
+    chapters = {name: chapter(name, cell(slow.replace("NAME", name)), "\nMore words.\n") for name in names}
+    root = project(first=chapter("One", "\nWords.\n"), **chapters)
+    assert book(root, "--no-build", "--only", "first")[0] == 0
     command = [sys.executable, str(ROOT / "book" / "run.py"), "--root", str(root), "--no-build"]
+    command += ["--jobs", str(jobs)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root.parent
     )
-    pids = root / "pids"
+    pids = [root / name for name in names]
     end = time.monotonic() + 60
-    while not (pids.exists() and pids.read_text().endswith(".")) and time.monotonic() < end:
+    while not all(p.exists() and p.read_text().endswith(".") for p in pids) and time.monotonic() < end:
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
     process.send_signal(number)
     printed, _ = process.communicate(timeout=30)
     assert process.returncode == 130, printed
     assert "finished chapters are kept" in printed and "Traceback" not in printed
-    kernel, child, _ = pids.read_text().split()
-    for pid in (kernel, child):
+    for pid in " ".join(path.read_text() for path in pids).replace(".", "").split():
         status = Path(f"/proc/{pid}/stat")
         assert not status.exists() or status.read_text().split()[2] == "Z", f"process {pid} is still there"
     if Path("/proc").exists():
@@ -384,8 +389,55 @@ def test_an_interrupted_run_leaves_no_kernel_and_goes_on(project, book, number):
         (root / "go").touch()
         status, printed = book(root, "--no-build")
         assert status == 0
-        assert "first: unchanged, not run again" in printed and "[2/2] second: " in printed
-        assert result(root, "second")["seed"] == 3
+        assert "first: unchanged, not run again" in printed and f"[2/{1 + jobs}] second: " in printed
+        assert result(root, names[-1])["seed"] == 3
+
+
+WITNESS = """
+import os, pathlib, time
+pathlib.Path('MINE').write_text(os.environ['OMP_NUM_THREADS'])
+end = time.monotonic() + 60
+while not pathlib.Path('OTHER').exists():
+    assert time.monotonic() < end, 'the other chapter did not start'
+    time.sleep(0.05)
+"""
+
+
+def test_chapters_run_side_by_side_and_share_the_cores(project, book, monkeypatch):
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    here, there = (WITNESS.replace("MINE", a).replace("OTHER", b) for a, b in [("a", "b"), ("b", "a")])
+    root = project(
+        first=chapter("One", cell(here)), second=chapter("Two", cell(there)), third=chapter("Three")
+    )
+    monkeypatch.setattr(Path, "read_text", _without_quota(Path.read_text))
+    status, printed = book(root, "--no-build", "--jobs", "2")
+    assert status == 0, printed
+    assert [(root / name).read_text() for name in "ab"] == ["2", "2"]
+    assert result(root, "third")["seed"] == 3
+
+    # One that fails: its neighbour still ends and is kept, what has not begun is not begun.
+    broken = cell(here) + cell("raise RuntimeError('so')")
+    root = project(
+        first=chapter("One", broken), second=chapter("Two", cell(there + "time.sleep(2)")), third=chapter("3")
+    )
+    for name in "ab":
+        (root / name).unlink()
+    status, printed = book(root, "--no-build", "--jobs", "2")
+    assert status == 1
+    assert "[1/3] first: failed" in printed and "[2/3] second: " in printed and "[3/3]" not in printed
+    assert "FAILED first, code cell 3 of 3" in printed and "RuntimeError: so" in printed
+    with pytest.raises(SystemExit):
+        book(root, "--jobs", "0")
+
+
+def _without_quota(read):
+    def read_text(self, *args, **kwargs):
+        if str(self) == "/sys/fs/cgroup/cpu.max":
+            raise FileNotFoundError(self)
+        return read(self, *args, **kwargs)
+
+    return read_text
 
 
 def test_two_runs_of_one_profile_do_not_mix(project, book):
