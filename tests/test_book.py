@@ -405,7 +405,7 @@ while not pathlib.Path('OTHER').exists():
 
 def test_chapters_run_side_by_side_and_share_the_cores(project, book, monkeypatch):
     monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    _forget_threads(monkeypatch)
     here, there = (WITNESS.replace("MINE", a).replace("OTHER", b) for a, b in [("a", "b"), ("b", "a")])
     root = project(
         first=chapter("One", cell(here)), second=chapter("Two", cell(there)), third=chapter("Three")
@@ -429,6 +429,13 @@ def test_chapters_run_side_by_side_and_share_the_cores(project, book, monkeypatc
     assert "FAILED first, code cell 3 of 3" in printed and "RuntimeError: so" in printed
     with pytest.raises(SystemExit):
         book(root, "--jobs", "0")
+
+
+def _forget_threads(monkeypatch):
+    """No number of threads in the environment; what the runner sets is gone after the test."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
 def _without_quota(read):
@@ -554,6 +561,8 @@ def test_the_install_line_names_the_public_origin(monkeypatch, origin, source):
 
 
 def test_the_kernel_s_threads_fit_the_machine(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    run._share_the_cores()
-    assert 1 <= int(os.environ["OMP_NUM_THREADS"]) <= (os.cpu_count() or 1)
+    for jobs in (1, 1000):
+        _forget_threads(monkeypatch)
+        run._share_the_cores(jobs)
+        threads = int(os.environ["OMP_NUM_THREADS"])
+        assert 1 <= threads <= (os.cpu_count() or 1) and (jobs == 1 or threads == 1)
