@@ -30,12 +30,12 @@ chapter: setup ## one chapter, in the book: make chapter ONLY=short-run [SET="n_
 	$(PY) book/run.py --profile $(PROFILE) --only $(ONLY) $(foreach setting,$(SET),--set '$(setting)')
 
 test: setup lint ## lint, unit tests, every chapter in the smoke profile, every page in a browser
-	$(PY) -m pytest -q -n 2 --ignore=tests/test_pages.py
+	$(PY) -m pytest -q -n 2 --ignore=tests/test_pages.py --ignore=tests/test_playground.py
 	$(PY) book/run.py --profile smoke --jobs 2
-	BOOK_SITE=build/smoke/html $(PY) -m pytest -q tests/test_pages.py
+	BOOK_SITE=build/smoke/html $(PY) -m pytest -q tests/test_pages.py tests/test_playground.py
 
 pages: setup ## open every page of PROFILE's book in headless Chromium
-	BOOK_SITE=build/$(PROFILE)/html $(PY) -m pytest -q tests/test_pages.py
+	BOOK_SITE=build/$(PROFILE)/html $(PY) -m pytest -q tests/test_pages.py tests/test_playground.py
 
 lint: setup ## ruff, as the tests run it
 	.venv/bin/ruff check .
