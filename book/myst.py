@@ -39,8 +39,8 @@ _VERBATIM = ("code", "code-block", "math", "raw")  # directives whose body is no
 class Block:
     """A part of a text. ``kind`` is text, code, maths, target or directive.
 
-    ``name`` is the directive's, or the label of a target or of an equation (empty without one); ``body`` the
-    text in it, without fences.
+    ``name`` is the directive's, or the label of a target or of an equation (empty without one); ``argument``
+    what follows a directive's name, or an equation's indentation; ``body`` the text inside, without fences.
     """
 
     kind: str
@@ -114,7 +114,7 @@ def _equation(lines: list[str], start: int) -> tuple[Block, int] | None:
         if whole := re.fullmatch(
             rf"(\s*)\$\$((?:(?!\$\$).)*)\$\$[ \t]*(?:\(({_LABEL})\))?\s*", text, re.DOTALL
         ):
-            return Block("maths", whole[1] + whole[2].strip("\n"), whole[3] or ""), end + 1
+            return Block("maths", whole[2].strip("\n"), whole[3] or "", whole[1]), end + 1
         if end > start and "$$" in lines[end] or text.count("$$") > 1:
             return None
     raise BookError(f"the equation {lines[start].strip()!r} is not closed")
@@ -163,14 +163,18 @@ class Bibliography:
     """The entries of a BibTeX file. Raises ``BookError`` for a key that it does not hold."""
 
     def __init__(self, path: Path) -> None:
+        from pybtex.backends.plaintext import Backend
         from pybtex.database import parse_file
 
         self._data = parse_file(str(path))
+        self._backend = Backend()  # kept: pybtex takes a tenth of a second to find one by its name
 
     def authors(self, key: str) -> str:
         """The authors as a sentence names them: one, two, or the first ``et al.``"""
         names = [
-            " ".join(name.render_as("text") for name in (*person.rich_prelast_names, *person.rich_last_names))
+            " ".join(
+                name.render(self._backend) for name in (*person.rich_prelast_names, *person.rich_last_names)
+            )
             for person in self._entry(key).persons["author"]
         ]
         return " and ".join(names) if len(names) < 3 else f"{names[0]} et al."
@@ -180,15 +184,14 @@ class Bibliography:
 
     def entries(self, keys: Iterable[str]) -> list[str]:
         """The full entries, a line each, by authors and year."""
-        from pybtex.backends.plaintext import Backend
         from pybtex.style.formatting.unsrt import Style
 
         ordered = sorted(keys, key=lambda key: (self.authors(key), self.year(key), key))
         formatted = Style().format_entries([self._entry(key) for key in ordered], self._data)
-        backend = Backend()
         arxiv = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
         return [
-            arxiv.sub(r"[\g<0>](https://arxiv.org/abs/\1)", entry.text.render(backend)) for entry in formatted
+            arxiv.sub(r"[\g<0>](https://arxiv.org/abs/\1)", entry.text.render(self._backend))
+            for entry in formatted
         ]
 
     def _entry(self, key: str) -> object:
@@ -245,15 +248,14 @@ class Plain:
             case "code":
                 return block.body
             case "maths":
-                return self._equation(block.body, block.name)
+                return self._equation(block.body, block.name, block.argument)
             case "target":
                 return ""
             case _:
                 return self._directive(block)
 
-    def _equation(self, body: str, label: str) -> str:
+    def _equation(self, body: str, label: str, indent: str = "") -> str:
         tag = f" \\tag{{{self._known('equation', label, self.labels.equations)}}}" if label else ""
-        indent = re.match(r"[ \t]*", body)[0]
         return f"{indent}$$\n{body.rstrip()}{tag}\n{indent}$$"
 
     # --- directives
