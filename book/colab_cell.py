@@ -28,10 +28,11 @@ def install_companion() -> None:
         constraints = os.path.join(folder, "installed.txt")
         with open(constraints, "w", encoding="utf-8") as file:
             file.writelines(f"{name}=={version}\n" for name, version in sorted(installed.items()))
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-input", "-c", constraints]
-        done = subprocess.run([*command, INSTALL], capture_output=True, text=True)
+        # Not --quiet: pip would not say which packages contradict each other.
+        command = [sys.executable, "-m", "pip", "install", "--no-input", "-c", constraints, INSTALL]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        output = (done.stdout + done.stderr).strip()
+        output = done.stdout.strip()
         if "ResolutionImpossible" in output:
             reason = (
                 "it needs a newer version of a package that is installed here, and installed packages are "

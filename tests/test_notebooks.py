@@ -322,7 +322,7 @@ def without_companion(monkeypatch):
         def run(command, **options):
             constraints = Path(command[command.index("-c") + 1]).read_text(encoding="utf-8")
             calls.append((command, constraints.splitlines()))
-            return types.SimpleNamespace(returncode=code, stdout="", stderr=output)
+            return types.SimpleNamespace(returncode=code, stdout=output)
 
         monkeypatch.setattr(subprocess, "run", run)
         return calls
