@@ -6,7 +6,7 @@ PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup course test lint format chapter book pages clean constraints
+.PHONY: help setup course test lint format chapter book notebooks colab pages clean constraints
 
 help: ## what there is
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -30,9 +30,15 @@ chapter: setup ## one chapter, in the book: make chapter ONLY=short-run [SET="n_
 	$(PY) book/run.py --profile $(PROFILE) --only $(ONLY) $(foreach setting,$(SET),--set '$(setting)')
 
 test: setup lint ## lint, unit tests, every chapter in the smoke profile, every page in a browser
-	$(PY) -m pytest -q -n 2 --ignore=tests/test_pages.py --ignore=tests/test_playground.py
+	$(PY) -m pytest -q -n 2 $(foreach part,pages playground colab,--ignore=tests/test_$(part).py)
 	$(PY) book/run.py --profile smoke --jobs 2
 	BOOK_SITE=build/smoke/html $(PY) -m pytest -q tests/test_pages.py tests/test_playground.py
+
+notebooks: setup ## a notebook a chapter for Colab, in build/notebooks
+	$(PY) book/notebooks.py --out build/notebooks
+
+colab: setup ## run such a notebook in an environment of its own, as Colab would
+	$(PY) -m pytest -q tests/test_colab.py
 
 pages: setup ## open every page of PROFILE's book in headless Chromium
 	BOOK_SITE=build/$(PROFILE)/html $(PY) -m pytest -q tests/test_pages.py tests/test_playground.py

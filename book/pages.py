@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import nbformat
+import notebooks
 import plan
 import yaml
+from files import write_atomically
+from home import BRANCH, COLAB, Home, find_home, git
 from nbformat import NotebookNode
 from parameters import BookError, with_values
 from plan import Chapter, Layout
 
 __all__ = [
     "ENVIRONMENT_TAG",
+    "NOTEBOOKS",
     "commit",
+    "config",
     "missing_alt",
     "read_result",
     "readable",
@@ -36,14 +38,8 @@ __all__ = [
 ]
 
 ENVIRONMENT_TAG = "runner-environment"  # the cell that the runner adds to ask for device and versions
+NOTEBOOKS = "notebooks"  # folder of the stage with what the pages' download buttons give
 _INSTALL = 'INSTALL = "downhill-with-noise"'
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def read_result(layout: Layout, chapter: Chapter) -> dict[str, Any] | None:
@@ -56,35 +52,12 @@ def read_result(layout: Layout, chapter: Chapter) -> dict[str, Any] | None:
     return result if executed.is_file() and "key" in result else None
 
 
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def commit(root: Path) -> str | None:
     """The commit of the project, ``+dirty`` when files differ from it; None outside git."""
-    head = _git(root, "rev-parse", "--verify", "HEAD")
+    head = git(root, "rev-parse", "--verify", "HEAD")
     if head is None:
         return None
-    return head + ("+dirty" if _git(root, "status", "--porcelain") else "")
-
-
-def install_source(root: Path) -> str | None:
-    """What pip installs the companion from: ``git+https://...@commit``; None without a public origin."""
-    origin, head = _git(root, "remote", "get-url", "origin"), _git(root, "rev-parse", "--verify", "HEAD")
-    if not origin or not head:
-        return None
-    if match := re.fullmatch(r"[\w.-]+@([\w.-]+):(?!/)(.+)", origin):  # git@host:owner/name.git
-        origin = f"ssh://{match[1]}/{match[2]}"
-    url = urlsplit(origin)
-    if url.scheme not in ("http", "https", "ssh") or "." not in (url.hostname or ""):
-        return None
-    port = f":{url.port}" if url.port and url.scheme != "ssh" else ""
-    scheme = "https" if url.scheme == "ssh" else url.scheme
-    return f"git+{scheme}://{url.hostname}{port}{url.path}@{head}"
+    return head + ("+dirty" if git(root, "status", "--porcelain") else "")
 
 
 # --- notebooks ------------------------------------------------------------------------------------
@@ -106,7 +79,7 @@ def readable(notebook: NotebookNode, values: dict[str, Any], install: str | None
             continue
         count += 1
         if count == 1 and install:
-            cell.source = cell.source.replace(_INSTALL, f'INSTALL = "{install}"')
+            cell.source = cell.source.replace(_INSTALL, f"INSTALL = {json.dumps(install)}")
         if "parameters" in plan.tags(cell):
             cell.source = with_values(cell.source, values)
         cell.execution_count = count
@@ -216,6 +189,17 @@ def results_page(results: list[tuple[Chapter, dict[str, Any]]], profile: str) ->
 # --- the stage ------------------------------------------------------------------------------------
 
 
+def config(root: Path, home: Home | None) -> str:
+    """``_config.yml`` with Colab buttons that open the notebooks of this release, where Colab can."""
+    text = (root / "_config.yml").read_text(encoding="utf-8")
+    if home is None or not home.on_colab:
+        return text
+    settings = yaml.safe_load(text)
+    settings["repository"] = {"url": home.url, "branch": BRANCH, "path_to_book": home.folder}
+    settings["launch_buttons"] = {"colab_url": COLAB}
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
 def stage(layout: Layout, chapters: dict[str, Chapter]) -> tuple[Path, list[str], list[str]]:
     """Fill ``stage/`` with all that jupyter-book needs; returns it, its documents and the chapters left out.
 
@@ -225,7 +209,7 @@ def stage(layout: Layout, chapters: dict[str, Chapter]) -> tuple[Path, list[str]
     root, folder = layout.root, layout.folder("stage")
     shutil.rmtree(folder)
     (folder / "book").mkdir(parents=True)
-    install = install_source(root)
+    home = find_home(root)
     found = [(chapter, read_result(layout, chapter)) for chapter in chapters.values()]
     results = [(chapter, result) for chapter, result in found if result is not None]
     left_out = [chapter.name for chapter, result in found if result is None]
@@ -234,7 +218,7 @@ def stage(layout: Layout, chapters: dict[str, Chapter]) -> tuple[Path, list[str]
     without_alt = []
     for chapter, result in results:
         executed = nbformat.read(layout.build / "executed" / f"{chapter.name}.ipynb", as_version=4)
-        notebook = readable(executed, result["parameters"], install)
+        notebook = readable(executed, result["parameters"], home.install if home else None)
         without_alt += [f"  {chapter.document}.md, {cell}" for cell in missing_alt(notebook)]
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
@@ -251,7 +235,8 @@ def stage(layout: Layout, chapters: dict[str, Chapter]) -> tuple[Path, list[str]
     documents = [document for document in plan.toc_documents(toc) if document not in missing]
     toc_text = yaml.safe_dump(plan.restrict_toc(toc, set(documents)), sort_keys=False)
     (folder / "_toc.yml").write_text(toc_text, encoding="utf-8")
-    shutil.copy(root / "_config.yml", folder)
+    (folder / "_config.yml").write_text(config(root, home), encoding="utf-8")
+    notebooks.write_notebooks(notebooks.make_notebooks(root, home), folder / NOTEBOOKS)
     for document in documents:
         if document in plan.GENERATED:
             (folder / f"{document}.md").write_text(results_page(results, layout.profile), encoding="utf-8")

@@ -56,6 +56,8 @@ def build_book(layout: Layout, chapters: dict[str, Chapter], stale: list[str]) -
         return index
     built = _jupyter_book(layout, stage, strict=not left_out)
     _add_mathjax(built)
+    # The download button serves the page's source, which here would be the executed notebook, MyST and all.
+    shutil.copytree(stage / pages.NOTEBOOKS, built / "_sources", dirs_exist_ok=True)
     if problems := check_site(built, documents):
         raise BuildFailed("the built book is not complete:\n" + "\n".join(f"  {line}" for line in problems))
     mark.unlink(missing_ok=True)

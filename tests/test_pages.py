@@ -7,6 +7,7 @@ except where ``CI=true``: there nothing may be skipped in silence.
 
 import functools
 import http.server
+import json
 import os
 import re
 import shutil
@@ -140,6 +141,38 @@ def picture(page, name):
 def test_there_are_pages(site):
     assert "book/index.html" in PAGES
     assert len(PAGES) > 1
+
+
+def test_buttons_give_the_generated_notebooks(site):
+    notebooks = {path.stem: path for path in SITE.glob("_sources/book/*.ipynb")}
+    pages = {Path(path).stem: (SITE / path).read_text(encoding="utf-8") for path in PAGES}
+    chapters = {name for name in pages if name in notebooks}
+    colab = {
+        name: re.findall(r'href="https://colab\.research\.google\.com/github/([^"]+)"', text)
+        for name, text in pages.items()
+    }
+    assert chapters
+    assert not any(colab[name] for name in pages.keys() - chapters), "a Colab button without a notebook"
+    with_button = {name for name in chapters if colab[name]}
+    assert with_button in (set(), chapters), "some chapters lack the Colab button"
+    for name in chapters:
+        assert f'href="../_sources/book/{name}.ipynb"' in pages[name], f"{name}: no download button"
+        for link in colab[name]:
+            assert re.fullmatch(rf"[\w.-]+/[\w.-]+/blob/notebooks/.+/book/{re.escape(name)}\.ipynb", link)
+        notebook = json.loads(notebooks[name].read_text(encoding="utf-8"))
+        assert notebook["metadata"]["accelerator"] == "GPU", f"{name}: not the generated notebook"
+        assert not any(cell.get("outputs") for cell in notebook["cells"])
+        text = "\n\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown")
+        assert not re.search(r"\{[\w:.+-]+\}`|^[> ]*(```+|:::+)\s*\{", text, flags=re.MULTILINE)
+        if chapters == notebooks.keys():  # with chapters left out, the pages count differently
+            for kind, pattern in (
+                ("Exercise", r"Exercise ([\d.]+)"),
+                ("equation", r'class="eqno">\(([\d.]+)\)'),
+            ):
+                shown = set(re.findall(pattern, pages[name]))
+                marks = {"Exercise": r"^### Exercise ([\d.]+)", "equation": r"\\tag\{([\d.]+)\}"}
+                written = set(re.findall(marks[kind], text, flags=re.MULTILINE))
+                assert shown == written, f"{name}: {kind} numbers of page and notebook differ"
 
 
 @pytest.mark.parametrize("viewport", VIEWPORTS)

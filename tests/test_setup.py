@@ -14,6 +14,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "book"))
 
+import notebooks  # noqa: E402
 import plan  # noqa: E402
 
 spec = importlib.util.spec_from_file_location("downhill_setup", ROOT / "tools" / "setup.py")
@@ -291,3 +292,5 @@ def test_every_chapter_is_written_as_one():
         assert "seed" in chapter.parameters and "device" in chapter.parameters
         silent = [name for name, parameter in chapter.parameters.items() if not parameter.comment]
         assert not silent, f"{chapter.name}: parameters without a comment: {silent}"
+        first = next(cell for cell in chapter.notebook.cells if cell.cell_type == "code")
+        assert first.source.startswith(notebooks.SETUP + "\n"), f"{chapter.name}: not the common set-up cell"
