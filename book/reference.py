@@ -85,7 +85,8 @@ def pages(root: Path) -> dict[str, str]:
         if modules == [f"companion.{room}"]:
             lines += _automodule(root, modules[0])
         else:
-            lines += ["```{eval-rst}", f".. automodule:: companion.{room}", "   :no-members:", "```", ""]
+            lines += ["```{eval-rst}", f".. automodule:: companion.{room}", "   :no-members:"]
+            lines += ["   :no-special-members:", "```", ""]
             names = ", ".join(f"`{name}`" for name in public_names(root, f"companion.{room}"))
             lines += [f"`from companion.{room} import ...` has {names}.", ""]
             for module in modules:
