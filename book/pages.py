@@ -172,7 +172,7 @@ def gallery(notebooks: dict[str, NotebookNode], titles: dict[str, str], folder: 
 
     A notebook without such a cell, or whose cell has made no picture, has no card.
     """
-    lines = ["::::{grid} 1 2 3 3", ":gutter: 3", ""]
+    lines = ["::::{grid} 1 2 2 2", ":gutter: 3", ""]
     for name, notebook in notebooks.items():
         tagged = (cell for cell in notebook.cells if "gallery" in plan.tags(cell))
         cell = next((cell for cell in tagged if cell.cell_type == "code"), None)
