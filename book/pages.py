@@ -6,8 +6,8 @@ of contents serves the text notebooks in git and the executed ones in the book.
 
 from __future__ import annotations
 
+import base64
 import json
-import math
 import re
 import shutil
 from pathlib import Path
@@ -16,24 +16,29 @@ from typing import Any
 import nbformat
 import notebooks
 import plan
+import recorded
+import reference
 import yaml
 from files import write_atomically
 from home import BRANCH, COLAB, Home, find_home, git
 from nbformat import NotebookNode
 from parameters import BookError, with_values
 from plan import Chapter, Layout
+from recorded import as_table, quantity
 
 __all__ = [
     "ENVIRONMENT_TAG",
     "NOTEBOOKS",
     "commit",
     "config",
+    "gallery",
     "missing_alt",
     "read_result",
     "readable",
     "results_page",
     "stage",
     "with_links",
+    "with_time",
     "write_atomically",
 ]
 
@@ -121,27 +126,52 @@ def missing_alt(notebook: NotebookNode) -> list[str]:
     return missing
 
 
+def with_time(notebook: NotebookNode, line: str) -> NotebookNode:
+    """The notebook with a line under its first heading."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and re.search(r"^# .+$", cell.source, flags=re.MULTILINE):
+            cell.source = re.sub(
+                r"^# .+$", lambda m: f"{m[0]}\n\n{line}", cell.source, count=1, flags=re.MULTILINE
+            )
+            break
+    return notebook
+
+
+# --- what the front page shows --------------------------------------------------------------------
+
+
+def gallery(executed: dict[str, NotebookNode], titles: dict[str, str], folder: Path) -> list[str]:
+    """Cards with one picture a chapter, that of its cell tagged ``gallery``; the pictures go into ``folder``.
+
+    A notebook without such a cell, or whose cell has made no picture, has no card.
+    """
+    lines = ["::::{grid} 1 2 2 2", ":gutter: 3", ""]
+    for name, notebook in executed.items():
+        tagged = (cell for cell in notebook.cells if "gallery" in plan.tags(cell))
+        cell = next((cell for cell in tagged if cell.cell_type == "code"), None)
+        images = (
+            [out.data["image/png"] for out in cell.outputs if "image/png" in out.get("data", {})]
+            if cell
+            else []
+        )
+        if not images:
+            continue
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.png").write_bytes(base64.b64decode(images[0]))
+        alt = " ".join(cell.metadata["mystnb"]["image"]["alt"].split())
+        lines += [
+            f":::{{grid-item-card}} {titles[name]}",
+            f":img-bottom: {folder.name}/{name}.png",
+            f":img-alt: {alt}",
+            f":link: {name}",
+            ":link-type: doc",
+            ":::",
+            "",
+        ]
+    return [*lines, "::::"] if len(lines) > 3 else []
+
+
 # --- the page of results --------------------------------------------------------------------------
-
-
-def _quantity(mean: float, spread: float | None) -> str:
-    """A number with its spread, to two digits of the spread: ``12.34 ± 0.56``."""
-    if spread:
-        decimals = 1 - math.floor(math.log10(spread))
-        if 0 <= decimals <= 6:
-            return f"{mean:.{decimals}f} ± {spread:.{decimals}f}"
-        return f"{mean:.4g} ± {spread:.2g}"
-    return f"{mean}" if isinstance(mean, int) else f"{mean:.4g}"
-
-
-def _short(commit: str | None) -> str:
-    head, plus, dirty = (commit or "none").partition("+")
-    return f"`{head[:7]}{plus}{dirty}`" if commit else head
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    line = "| {} |".format
-    return [line(" | ".join(row)) for row in [head, ["---"] * len(head), *rows]]
 
 
 def results_page(results: list[tuple[Chapter, dict[str, Any]]], profile: str) -> str:
@@ -168,19 +198,19 @@ def results_page(results: list[tuple[Chapter, dict[str, Any]]], profile: str) ->
         "This page is written by `book/run.py` from what the chapters recorded while they ran; no number "
         f"on it was typed. The profile is `{profile}`.",
         "",
-        *_table(head, rows),
+        *as_table(head, rows),
     ]
     for chapter, result in results:
         figures = result["figures"]
         parts = {f"{name}_{part}" for name in figures for part in ("sd", "n") if f"{name}_{part}" in figures}
         rows = [
-            [f"`{name}`", _quantity(value, figures.get(f"{name}_sd")), str(figures.get(f"{name}_n", 1))]
+            [f"`{name}`", quantity(value, figures.get(f"{name}_sd")), str(figures.get(f"{name}_n", 1))]
             for name, value in figures.items()
             if name not in parts
         ]
         lines += ["", f"## {chapter.title}", ""]
         head = ["Figure", "Mean ± standard deviation", "Runs"]
-        lines += _table(head, rows) if rows else ["No figures recorded."]
+        lines += as_table(head, rows) if rows else ["No figures recorded."]
         shown = [f"{name} = {value!r}" for name, value in result["parameters"].items()]
         lines += ["", "````{dropdown} Parameters of this run", "```text", *shown, "```", "````"]
     return "\n".join(lines) + "\n"
@@ -215,15 +245,18 @@ def stage(layout: Layout, chapters: dict[str, Chapter]) -> tuple[Path, list[str]
     left_out = [chapter.name for chapter, result in found if result is None]
     staged = {chapter.document for chapter, _ in results}
     missing = {chapter.document for chapter in chapters.values()} - staged
-    without_alt = []
+    runs = recorded.runs(root, chapters, layout.profile, {c.name: result for c, result in results})
+    shown, without_alt = {}, []
     for chapter, result in results:
         executed = nbformat.read(layout.build / "executed" / f"{chapter.name}.ipynb", as_version=4)
         notebook = readable(executed, result["parameters"], home.install if home else None)
+        notebook = with_time(notebook, recorded.time_line(runs[chapter.name]))
         without_alt += [f"  {chapter.document}.md, {cell}" for cell in missing_alt(notebook)]
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = with_links(cell.source, staged, missing)
         nbformat.write(notebook, folder / f"{chapter.document}.ipynb")
+        shown[chapter.name] = notebook
     if without_alt:
         raise BookError(
             "figures without alt text; add to the cell's metadata `mystnb: {image: {alt: what one sees}}`:\n"
@@ -232,20 +265,45 @@ def stage(layout: Layout, chapters: dict[str, Chapter]) -> tuple[Path, list[str]
     if not results:
         raise BookError(f"no chapter has been executed in profile {layout.profile}; nothing to build")
     toc = plan.load_toc(root)
+    rooms = reference.pages(root) if reference.INDEX in plan.toc_documents(toc) else {}
+    toc = reference.with_rooms(toc, rooms)
     documents = [document for document in plan.toc_documents(toc) if document not in missing]
     toc_text = yaml.safe_dump(plan.restrict_toc(toc, set(documents)), sort_keys=False)
     (folder / "_toc.yml").write_text(toc_text, encoding="utf-8")
     (folder / "_config.yml").write_text(config(root, home), encoding="utf-8")
     notebooks.write_notebooks(notebooks.make_notebooks(root, home), folder / NOTEBOOKS)
+    parts = _parts(layout, chapters, runs, shown)
     for document in documents:
-        if document in plan.GENERATED:
-            (folder / f"{document}.md").write_text(results_page(results, layout.profile), encoding="utf-8")
-        elif document not in staged:
+        if document in staged:
+            continue
+        if document in rooms:
+            text = rooms[document]
+        elif document in plan.GENERATED:
+            text = results_page(results, layout.profile)
+        else:
             text = (root / f"{document}.md").read_text(encoding="utf-8")
-            (folder / f"{document}.md").write_text(with_links(text, staged, missing), encoding="utf-8")
+            text = with_links(recorded.filled(text, parts, f"{document}.md"), staged, missing)
+        (folder / document).parent.mkdir(exist_ok=True)
+        (folder / f"{document}.md").write_text(text, encoding="utf-8")
     for extra in ("references.bib", "_static"):
         if (source := root / "book" / extra).is_dir():
             shutil.copytree(source, folder / "book" / extra)
         elif source.exists():
             shutil.copy(source, folder / "book" / extra)
     return folder, documents, left_out
+
+
+def _parts(
+    layout: Layout,
+    chapters: dict[str, Chapter],
+    runs: dict[str, list[recorded.Run]],
+    shown: dict[str, NotebookNode],
+) -> recorded.Parts:
+    """What stands in plain pages in place of ``<!-- made at staging: NAME -->``."""
+    root, pictures = layout.root, layout.build / "stage" / "book" / "gallery"
+    return {
+        "gallery": lambda: gallery(shown, {name: c.title for name, c in chapters.items()}, pictures),
+        "chapters": lambda: recorded.chapter_table(root, runs, "{}.md", status=True),
+        "papers": lambda: recorded.papers_tables(root, runs),
+        "rooms": lambda: reference.room_table(root),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -41,10 +42,10 @@ def build_book(layout: Layout, chapters: dict[str, Chapter], stale: list[str]) -
     if stale:
         print(f"book: {', '.join(stale)} as of an earlier run, whose source or settings have changed since")
     files = [path for path in stage.rglob("*") if path.is_file()]
-    own = Path(__file__)
-    key = keys.digest(
-        [keys.files_digest(stage, files), keys.files_digest(own.parent, [own]), keys.package_versions()]
-    )
+    own = [Path(__file__), Path(__file__).with_name("signatures.py")]
+    package = (layout.root / "companion").rglob("*.py")  # of its docstrings the reference is made
+    sources = [keys.files_digest(stage, files), keys.files_digest(own[0].parent, own)]
+    key = keys.digest([*sources, keys.files_digest(layout.root, package), keys.package_versions()])
     site, mark = layout.build / "html", layout.build / "html.key"
     index = site / f"{documents[0]}.html"
     try:
@@ -73,11 +74,19 @@ def _jupyter_book(layout: Layout, stage: Path, strict: bool) -> Path:
     """Run jupyter-book; ``strict`` makes warnings errors, which a book with chapters left out cannot bear."""
     target = layout.folder("building")
     shutil.rmtree(target)
-    program = "import sys; from jupyter_book.cli.main import main; sys.exit(main())"
+    extensions = f"import sys; sys.path.append({str(Path(__file__).parent)!r})"  # signatures.py
+    program = f"{extensions}; from jupyter_book.cli.main import main; sys.exit(main())"
     options = ["--path-output", str(target), "--all", *(["-W", "--keep-going"] if strict else [])]
     command = [sys.executable, "-c", program, "build", str(stage), *options]
+    # The API reference is of this project's package, whichever else may be installed.
+    path = os.pathsep.join([str(layout.root), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=os.environ | {"PYTHONPATH": path},
     )
     output = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
     log = layout.folder("logs") / "build.log"

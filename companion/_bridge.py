@@ -32,14 +32,15 @@ class LogNormaliser:
     what to make of it: below about 10 the value hangs on a few chains.
     """
 
-    value: Tensor  # (*stack)
-    error: Tensor  # (*stack)
-    ess: Tensor  # (*stack): (sum w)^2 / sum w^2; of a bridge, the poorer side's
-    # (*stack, n): forward, Z is the mean of exp(these); reverse, 1/Z that of exp(-these). A bridge has both.
+    value: Tensor  #: ``(*stack)``
+    error: Tensor  #: ``(*stack)``
+    ess: Tensor  #: ``(*stack)``: ``(sum w)^2 / sum w^2``; of a bridge, the poorer side's
+    #: ``(*stack, n)``: forward, Z is the mean of exp(these); reverse, 1/Z that of exp(-these). A bridge has
+    #: both.
     log_weights: Tensor
-    acceptance: Tensor | None = None  # (K - 1, *stack): of MALA, a rung; AIS only
+    acceptance: Tensor | None = None  #: ``(K - 1, *stack)``: of MALA, a rung; AIS only
     ladder: Ladder | None = None
-    x: Tensor | None = None  # (*stack, chains, *shape): where the chains ended
+    x: Tensor | None = None  #: ``(*stack, chains, *shape)``: where the chains ended
 
     def __str__(self) -> str:
         rows = zip(*(v.flatten().tolist() for v in (self.value, self.error, self.ess)), strict=True)
@@ -77,7 +78,7 @@ def bridge(
 ) -> LogNormaliser:
     """log Z by bridge sampling between the target's ``samples``, ``(*stack, n, *shape)``, and a proposal q.
 
-    With l = -U - log q, n draws of q and m samples of p, log Z is the one root r of
+    With l = -U - log q, n draws of q and m samples of p, log Z is the one root r of::
 
         sum_q sigmoid(l - r - log n/m) = sum_p sigmoid(r + log n/m - l),
 

@@ -106,7 +106,7 @@ class Ends:
         return x * self.std + self.mean
 
     def log_normaliser(self) -> Tensor:
-        """log Z_0 of exp(-|x - m|^2 / 2 s^2), ``(*stack)``, in double precision."""
+        """log Z_0 of ``exp(-|x - m|^2 / 2 s^2)``, ``(*stack)``, in double precision."""
         log_std = torch.as_tensor(self.std, dtype=torch.float64, device=self.like.device).log()
         each = (log_std + 0.5 * math.log(2 * math.pi)).expand(*self.batch[:-1], 1, *self.shape)
         return each.reshape(*self.batch[:-1], -1).sum(-1)

@@ -23,7 +23,7 @@ def value_and_trace(
 ) -> tuple[Tensor, Tensor]:
     """f(x), ``(*stack, n, d)``, and the exact trace, ``(*stack, n)``, of a SiLU MLP with two hidden layers.
 
-    With a_1 = x W_1 + b_1 and a_2 = silu(a_1) W_2 + b_2 the trace is the bilinear form
+    With a_1 = x W_1 + b_1 and a_2 = silu(a_1) W_2 + b_2 the trace is the bilinear form::
 
         sum_jl silu'(a_1)_j M_jl silu'(a_2)_l,   M = W_2 * (W_3 W_1)^T elementwise,
 
@@ -46,7 +46,7 @@ def value_and_trace(
 
 
 def power_objective(operator: Tensor, square: Tensor, lam: float) -> Tensor:
-    """mean(A f) / (std(A f) + 1e-6) - lam mean|f|^2 over the rows: ``(*stack, n)`` twice -> ``(*stack,)``.
+    """``mean(A f) / (std(A f) + 1e-6) - lam mean|f|^2`` over rows: ``(*stack, n)`` twice -> ``(*stack,)``.
 
     Of the test sqrt(n) mean/std the first term decides the power; the penalty holds the critic's scale,
     which that term does not feel.

@@ -22,6 +22,7 @@ from companion.energies import Energy
 
 __all__ = ["Critic", "SteinTerms", "matrix_score", "optimal_critic", "probe", "stein_operator", "stein_terms"]
 
+#: A field of vectors: a batch ``(*batch, d)`` -> ``(*batch, d)``.
 Critic = Callable[[Tensor], Tensor]
 
 _CHUNK = 64  # basis vectors that go through a closed-form tangent at once
@@ -30,9 +31,9 @@ _CHUNK = 64  # basis vectors that go through a closed-form tangent at once
 class SteinTerms(NamedTuple):
     """What the operator and its penalty are made of, each ``(*batch,)``."""
 
-    drift: Tensor  # s^T f
-    trace: Tensor  # Tr grad f, or its Hutchinson estimate
-    square: Tensor  # |f|^2
+    drift: Tensor  #: ``s^T f``
+    trace: Tensor  #: Tr grad f, or its Hutchinson estimate
+    square: Tensor  #: ``|f|^2``
 
     @property
     def operator(self) -> Tensor:
@@ -81,7 +82,7 @@ def stein_terms(
     generator: torch.Generator | None = None,
     check: bool = True,
 ) -> SteinTerms:
-    """s^T f, Tr grad f and |f|^2 of each sample, f = ``critic(x)``; differentiable in score and critic.
+    """``s^T f``, ``Tr grad f``, ``|f|^2`` of each sample, f = ``critic(x)``; differentiable in both.
 
     score, x: ``(*batch, d)``; with ``symmetric`` ``(*batch, n, n)``, the score mirrored (``matrix_score``).
     ``mask`` is of x's shape, or, with ``symmetric``, of nodes, ``(*batch, n)``; masked coordinates (and the
@@ -126,9 +127,10 @@ def stein_operator(score: Tensor, critic: Critic, x: Tensor, **options: object) 
 
 
 def optimal_critic(score_model: Tensor, score_data: Tensor, lam: float) -> Tensor:
-    """f* = (s_model - s_data) / (2 lam): what maximises E_data[A f] - lam E_data|f|^2, of the scores' shape.
+    """``f* = (s_model - s_data) / (2 lam)``, of the scores' shape: the best critic there is.
 
-    The maximum itself is E_data|s_model - s_data|^2 / (4 lam), the Fisher divergence over 4 lam.
+    It maximises ``E_data[A f] - lam E_data|f|^2``. The maximum itself is ``E_data|s_model - s_data|^2 / (4
+    lam)``, the Fisher divergence over 4 lam.
     """
     return (score_model - score_data) / (2 * lam)
 

@@ -92,8 +92,9 @@ class AMP(_Rule):
 
 @dataclass(frozen=True)
 class SAM(_Rule):
-    """Delta = rho g / |g|: always on the sphere, whatever the gradient's length. A further ascent step starts
-    again from theta, with the gradient at theta + Delta. Source: Foret et al. 2021, eq. 2 with p = 2."""
+    """``Delta = rho g / |g|``: always on the sphere, whatever the gradient's length. A further ascent step
+    starts again from theta, with the gradient at theta + Delta. Source: Foret et al. 2021, eq. 2 with p =
+    2."""
 
     rho: float | Tensor
     radius: ClassVar[str] = "rho"
@@ -112,7 +113,7 @@ class SAM(_Rule):
 
 @dataclass(frozen=True)
 class ASAM(_Rule):
-    """Delta = rho T^2 g / |T g| with T = |theta| + eta: a ball that scales with the weights.
+    """``Delta = rho T^2 g / |T g|`` with ``T = |theta| + eta``: a ball that scales with the weights.
 
     T is applied to every tensor; the authors' code leaves biases at T = 1. Source: Kwon et al. 2021.
     """
@@ -142,7 +143,7 @@ class ASAM(_Rule):
 class Random(_Rule):
     """Delta in a uniformly random direction, of norm eps: the control that asks whether direction matters.
 
-    With ``lr`` its norm is min(eps, lr |g|), as long as AMP's and as blind as ever.
+    With ``lr`` its norm is ``min(eps, lr |g|)``, as long as AMP's and as blind as ever.
     """
 
     eps: float | Tensor
@@ -163,4 +164,5 @@ class Random(_Rule):
         return _scaled(noise, length / norm, stacked)
 
 
+#: Any of the four ways to choose Delta.
 Rule = AMP | SAM | ASAM | Random

@@ -1,6 +1,6 @@
 """Worst-case images: PGD on a deterministic classifier, and the attack on a randomised defence.
 
-Both climb the cross-entropy within a ball around the image (projected gradient descent, Madry et al. 2018),
+Both climb the cross-entropy within a ball around the image (projected gradient descent, Madry et al. 2018)::
 
     x <- Pi(x + eta sign g)   or, in l2,   x <- Pi(x + eta g / |g|),
 
@@ -48,11 +48,11 @@ class Randomised(Protocol):
 class AttackResult:
     """What an attack on B images came to."""
 
-    natural: Tensor  # (B,) bool: right before the attack
-    broken: Tensor  # (B,) bool: wrong before the attack, or broken by it
-    iterate: Tensor  # (B,) long: where it broke, 0 the start; restarts count on; -1 where it held
-    proposals: Tensor  # (B,) long: how often the attack's own prediction was wrong, each time re-tested
-    adversarial: Tensor  # (B, *shape): the image that broke it, of one that held that of highest loss
+    natural: Tensor  #: ``(B,)`` bool: right before the attack
+    broken: Tensor  #: ``(B,)`` bool: wrong before the attack, or broken by it
+    iterate: Tensor  #: ``(B,)`` long: where it broke, 0 the start; restarts count on; -1 where it held
+    proposals: Tensor  #: ``(B,)`` long: how often the attack's own prediction was wrong, each time re-tested
+    adversarial: Tensor  #: ``(B, *shape)``: the image that broke it, of one that held that of highest loss
 
     @property
     def natural_accuracy(self) -> float:

@@ -54,7 +54,7 @@ def reliability(
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15, adaptive: bool = False) -> Tensor:
-    """ECE: the sum over bins of share * |accuracy - confidence|; adaptive ECE with bins of equal counts.
+    """ECE: the sum over bins of ``share * |accuracy - confidence|``; adaptive ECE with bins of equal counts.
 
     Biased upward by the noise of each bin's accuracy: compare at equal N and equal bins only. Source: Guo et
     al. 2017, eq. 3; adaptive bins: Nixon et al. 2019.

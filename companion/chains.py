@@ -25,7 +25,8 @@ __all__ = [
     "graduate",
 ]
 
-# birth(batch, generator) -> states (*batch, *shape) and, if a network made them, latents (*batch, z).
+#: birth(batch, generator) -> states ``(*batch, *shape)`` and, if a network made them, latents
+#: ``(*batch, z)``.
 Birth = Callable[[tuple[int, ...], torch.Generator | None], tuple[Tensor, Tensor | None]]
 
 
@@ -75,12 +76,12 @@ def _normal_(x: Tensor, generator: torch.Generator | None) -> Tensor:
 class Draw:
     """Chains taken out of a bank for one visit; all tensors are copies."""
 
-    index: Tensor  # (*stack, B) slots
-    x: Tensor  # (*stack, B, *shape) states, rebirths included
-    z: Tensor | None  # (*stack, B, z) latents of their births
-    born: Tensor  # (*stack, B) bool: reborn at this draw
-    visits: Tensor  # (*stack, B) visits since birth, before this one
-    age: Tensor  # (*stack, B) Langevin steps since birth, before this visit
+    index: Tensor  #: ``(*stack, B)`` slots
+    x: Tensor  #: ``(*stack, B, *shape)`` states, rebirths included
+    z: Tensor | None  #: ``(*stack, B, z)`` latents of their births
+    born: Tensor  #: ``(*stack, B)`` bool: reborn at this draw
+    visits: Tensor  #: ``(*stack, B)`` visits since birth, before this one
+    age: Tensor  #: ``(*stack, B)`` Langevin steps since birth, before this visit
 
 
 class Bank:
@@ -92,6 +93,17 @@ class Bank:
 
     Raises ``ValueError`` for a probability outside [0, 1] or a limit below 1, and when more chains are
     drawn than there are.
+
+    Example:
+
+    >>> import torch
+    >>> from companion.chains import Bank, born_from_noise
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> bank = Bank(100, born_from_noise((2,)), rejuvenation=0.5, max_visits=4, generator=rng)
+    >>> draw = bank.draw(10, rng)
+    >>> _ = bank.put(draw, draw.x + 0.1, steps=30)  # where a chain of 30 steps would have ended
+    >>> int(bank.age.max()), int((bank.age == 30).sum())
+    (30, 10)
     """
 
     def __init__(

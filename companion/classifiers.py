@@ -110,10 +110,10 @@ class Recipe:
     """How a stack is trained; what is not set is plain ERM.
 
     ``rate``: the peak of the learning rate; ``smoothing``: of the labels; ``flood``: the level b of
-    |L - b| + b (Ishida et al. 2020); ``mixup``: alpha of Beta(alpha, alpha) (Zhang et al. 2018); ``rule``: a
-    weight perturbation with ``steps`` ascent steps; ``average_from``: the share of the training from which on
-    the rate stays at ``average_rate`` times its peak and weights are averaged, once an epoch (SWA; Izmailov
-    et al. 2018; batch-norm statistics are recomputed at the end).
+    ``|L - b| + b`` (Ishida et al. 2020); ``mixup``: alpha of Beta(alpha, alpha) (Zhang et al. 2018);
+    ``rule``: a weight perturbation with ``steps`` ascent steps; ``average_from``: the share of the training
+    from which on the rate stays at ``average_rate`` times its peak and weights are averaged, once an epoch
+    (SWA; Izmailov et al. 2018; batch-norm statistics are recomputed at the end).
     """
 
     epochs: int
@@ -129,7 +129,7 @@ class Recipe:
     average_rate: float = 0.5
 
 
-# arm -> what its own numbers, behind rate and weight decay, mean: all that tells the arms apart.
+#: arm -> what its own numbers, behind rate and weight decay, mean: all that tells the arms apart.
 ARMS: dict[str, Callable[..., dict]] = {
     "erm": lambda: {},
     "erm_2x": lambda: {"repeats": 2},  # as many gradient evaluations as the perturbed arms

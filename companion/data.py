@@ -159,6 +159,13 @@ def load(name_or_path: str | os.PathLike[str] = "digits") -> Dataset:
 
     Raises :class:`DataError`, a ``ValueError``, for an unknown name, a file that no mirror serves, a wrong
     checksum, and whatever is damaged, missing or mis-shaped in a file; it names the file and the remedy.
+
+    Example:
+
+    >>> from companion.data import load
+    >>> digits = load("digits")
+    >>> digits.x_train.shape, float(digits.x_train.min()) >= -1, float(digits.x_train.max()) <= 1
+    (torch.Size([997, 1, 8, 8]), True, True)
     """
     if isinstance(name_or_path, str):
         if name_or_path == "digits":

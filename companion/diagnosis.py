@@ -4,7 +4,7 @@ An energy-based model has no loss that falls: L(theta) is near zero from the fir
 training that has failed looks like one that has converged. What tells them apart are gauges, recorded at
 every update by ``likelihood.ml_step``:
 
-- ``rho``: drift over noise of the chain's last step, |eps^2/2 grad U| / (eps sqrt D). At stationarity on
+- ``rho``: drift over noise of the chain's last step, ``|eps^2/2 grad U| / (eps sqrt D)``. At stationarity on
   data of width s it is eps/2s, about 0.1 to 0.3; far above 1 the chain is descent, near 0 free diffusion;
 - ``separation``: L(theta) in standard deviations of the data's energy. Healthy: both signs about 0. Negative
   and growing: the network tells negatives from data at a glance, and every update widens the gap
@@ -69,9 +69,9 @@ def _drift(low: float, high: float) -> Band:
     )  # fmt: skip
 
 
-# regime -> gauge -> band, of means over 50 updates or more. Short-run training tolerates descent and a slow
-# start, the others do not. Set on digits: healthy runs of each regime stay inside over several seeds, each
-# failure of the chapter on failing trainings leaves at least one.
+#: regime -> gauge -> band, of means over 50 updates or more. Short-run training tolerates descent and a slow
+#: start, the others do not. Set on digits: healthy runs of each regime stay inside over several seeds, each
+#: failure of the chapter on failing trainings leaves at least one.
 BANDS: dict[str, dict[str, Band]] = {
     "short": {"rho": _drift(0.01, 5.0), "separation": _separation(6.0), "diversity": _DIVERSITY},
     "mid": {"rho": _drift(0.01, 1.0), "separation": _separation(3.0), "diversity": _DIVERSITY},
@@ -87,7 +87,7 @@ class Finding:
     since: int
     value: float
     band: Band
-    model: int | None = None  # which of the stacked models, None for a single one
+    model: int | None = None  #: which of the stacked models, None for a single one
 
     @property
     def remedy(self) -> str:

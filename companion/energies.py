@@ -32,6 +32,7 @@ __all__ = [
     "score",
 ]
 
+#: Any callable from a batch ``(B, *shape)`` to its energies ``(B,)``, in units of T.
 Energy = Callable[[Tensor], Tensor]
 
 
@@ -161,9 +162,20 @@ class Gaussian(Analytic):
 
 
 class GaussianMixture(Analytic):
-    """E(x) = -log sum_k w_k exp(-|x - m_k|^2 / 2 s^2): K Gaussians of one standard deviation s.
+    """``E(x) = -log sum_k w_k exp(-|x - m_k|^2 / 2 s^2)``: K Gaussians of one standard deviation s.
 
     means: ``(K, d)``; weights ``(K,)``, normalised here, equal if not given.
+
+    Example:
+
+    >>> import torch
+    >>> from companion.energies import GaussianMixture
+    >>> ring = GaussianMixture.ring(modes=8, radius=2.0, std=0.25)
+    >>> x = ring.sample(1000, torch.Generator().manual_seed(0))
+    >>> x.shape, ring(x).shape
+    (torch.Size([1000, 2]), torch.Size([1000]))
+    >>> bool(torch.allclose(ring.log_density(x), -ring(x) - ring.log_normaliser))
+    True
     """
 
     def __init__(self, means: Tensor, std: float, weights: Tensor | None = None) -> None:
@@ -208,7 +220,7 @@ class GaussianMixture(Analytic):
 
 
 class GaussianBernoulliRBM:
-    """E(x) = |x|^2/2 - b^T x - sum_j log 2 cosh((B^T x / 2 + c)_j): hidden units h in {-1, 1}^m summed out.
+    """``E(x) = |x|^2/2 - b^T x - sum_j log 2 cosh((B^T x / 2 + c)_j)``: h in {-1, 1}^m summed out.
 
     The testbed of goodness-of-fit tests (Liu et al. 2016): a mixture of 2^m unit Gaussians, of means
     B h / 2 + b, whose score is cheap and whose normaliser is not. B: ``(*stack, d, m)``; b: ``(*stack, d)``;
@@ -276,7 +288,7 @@ class GaussianBernoulliRBM:
 
 
 class DoubleWell(Analytic):
-    """E(x) = h (x_1^2 - 1)^2 + |x_2..d|^2 / 2: wells at x_1 = -1 and 1 behind a barrier of height h."""
+    """``E(x) = h (x_1^2 - 1)^2 + |x_2..d|^2 / 2``: wells at x_1 = -1 and 1 behind a barrier of height h."""
 
     def __init__(self, barrier: float = 4.0, dim: int = 2) -> None:
         from scipy import integrate  # here: importing the package costs what torch costs
@@ -325,7 +337,7 @@ class Banana(Analytic):
 
 
 class Rings(Analytic):
-    """E(x) = -log sum_k exp(-(|x| - R_k)^2 / 2s^2): concentric rings, not a mixture of Gaussians.
+    """``E(x) = -log sum_k exp(-(|x| - R_k)^2 / 2s^2)``: concentric rings, not a mixture of Gaussians.
 
     Each ring holds mass in proportion to its circumference; the normaliser is one radial integral.
     """

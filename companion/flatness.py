@@ -52,7 +52,7 @@ def risk_along(net: nn.Module, risk: Risk, direction: Sequence[Tensor], steps: S
 
 
 def worst_rise(net: nn.Module, risk: Risk, radius: float) -> Tensor:
-    """L(theta + Delta) - L(theta) with Delta = radius g/|g|, the worst of a ball to first order: ``(S,)``."""
+    """L(theta + Delta) - L(theta), ``Delta = radius g/|g|``, the worst of a ball to first order: ``(S,)``."""
     params = list(net.parameters())
     here = risk()
     grads = torch.autograd.grad(here.sum(), params)

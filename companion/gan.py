@@ -1,14 +1,14 @@
 """The adversarial pair that is refined: a generator G, a critic D, one step and one loop for either loss.
 
 Convention: D is *high on data*. Read as an energy (Song et al. 2020) the critic is E(x) = -D(x), so that
-p(x) is proportional to exp(beta D(x)) with beta = 1/T. The losses, of which each is minimised:
+p(x) is proportional to exp(beta D(x)) with beta = 1/T. The losses, of which each is minimised::
 
     Wasserstein   critic  E_fake[D] - E_data[D]                          generator  -E_fake[D]
     hinge         critic  E_data[(1 - D)_+] + E_fake[(1 + D)_+]          generator  -E_fake[D]
 
-to which the critic's may add ``penalty`` times the gradient penalty (|grad D(x^)| - 1)^2 on random points of
-the lines between data and fakes (Gulrajani et al. 2017), and ``drift`` times E_data[D^2] + E_fake[D^2], which
-pins the level and the scale of D. The hinge loss goes with spectral normalisation (Miyato et al. 2018).
+to which the critic's may add ``penalty`` times the gradient penalty ``(|grad D(x^)| - 1)^2`` on random points
+of the lines between data and fakes (Gulrajani et al. 2017), and ``drift`` times E_data[D^2] + E_fake[D^2],
+which pins the level and the scale of D. The hinge loss goes with spectral normalisation (Miyato et al. 2018).
 
 Stacked networks, x ``(S, B, *shape)``, are S independent pairs: every loss is one number a pair.
 """
@@ -39,7 +39,7 @@ __all__ = [
     "train",
 ]
 
-# name -> (critic's loss from D on data and on fakes, a value a sample), each averaged over the batch.
+#: name -> (critic's loss from D on data and on fakes, a value a sample), each averaged over the batch.
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "wasserstein": lambda real, fake: fake.mean(-1) - real.mean(-1),
     "hinge": lambda real, fake: F.relu(1 - real).mean(-1) + F.relu(1 + fake).mean(-1),
@@ -54,10 +54,10 @@ class GANRun:
     the generator's steps, its buffers the generator's own; ``None`` keeps none.
     """
 
-    network: nn.Module  # G: latents (*batch, z) -> (*batch, *shape); has an attribute ``latent``
-    critic: nn.Module  # D: (*batch, *shape) -> (*batch,)
+    network: nn.Module  #: G: latents ``(*batch, z)`` -> ``(*batch, *shape)``; has an attribute ``latent``
+    critic: nn.Module  #: D: ``(*batch, *shape)`` -> ``(*batch,)``
     network_optimizer: torch.optim.Optimizer
-    optimizer: torch.optim.Optimizer  # the critic's
+    optimizer: torch.optim.Optimizer  #: the critic's
     rng: torch.Generator
     average: nn.Module | None = None
     decay: float = 0.0
@@ -120,7 +120,7 @@ def spectrally_normalised(network: nn.Module, skip: tuple[type[nn.Module], ...] 
 def gradient_penalty(
     critic: nn.Module, real: Tensor, fake: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """E (|grad D(x^)| - 1)^2 with x^ uniform on the line from a datum to a fake: a scalar, or ``(S,)``.
+    """``E (|grad D(x^)| - 1)^2`` with x^ uniform on the line from a datum to a fake: a scalar, or ``(S,)``.
 
     real, fake: ``(*batch, *shape)``. Differentiable in the critic's parameters. A smooth ``MLPEnergy`` on
     points of the plane is differentiated forwards, which is cheaper.

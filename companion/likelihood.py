@@ -1,7 +1,7 @@
 """Maximum likelihood with MCMC negatives: one step, one loop, its gauges and its checkpoints.
 
 The loss of one update is the difference of mean energies whose gradient is that of the negative
-log-likelihood when the negatives follow the model (Hill et al. 2022, eq. of L(theta)):
+log-likelihood when the negatives follow the model (Hill et al. 2022, eq. of L(theta))::
 
     L(theta) = (mean E(x+) - mean E(x-)) / T,    x+ = data + data_noise * n.
 
@@ -39,7 +39,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     bank: Bank | LongRunBank
     rng: torch.Generator
-    network: nn.Module | None = None  # a generator taught by the chains (short-run), or None
+    network: nn.Module | None = None  #: a generator taught by the chains (short-run), or None
     network_optimizer: torch.optim.Optimizer | None = None
     update: int = 0
     history: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -76,7 +76,7 @@ def ml_step(
     """One update of ``run`` on the (already noised) batch ``positive``; returns its gauges.
 
     Draw chains, move them K steps, step the energy on L(theta), teach the network if there is one
-    (|x- - G(z)|^2, no gradient through the chain), put the chains back. Raises ``DivergenceError``.
+    (``|x- - G(z)|^2``, no gradient through the chain), put the chains back. Raises ``DivergenceError``.
     """
     batch = positive.shape[len(run.bank.stack)]
     drawn = run.bank.draw(batch, run.rng)
@@ -146,6 +146,24 @@ def train(
 
     Raises ``TrainingDiverged`` (a ``DivergenceError``) when chains leave every bound or a gauge its band,
     ``CheckpointError`` for a checkpoint of another run.
+
+    Example:
+
+    >>> import torch
+    >>> from companion.chains import Bank, born_from_noise
+    >>> from companion.energies import GaussianMixture
+    >>> from companion.likelihood import Run, train
+    >>> from companion.networks import MLPEnergy
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> data = GaussianMixture.ring().sample(500, rng)
+    >>> energy = MLPEnergy((2,), (32, 32), generator=rng)
+    >>> bank = Bank(200, born_from_noise((2,), std=2.0), rejuvenation=0.1, generator=rng)
+    >>> run = Run(energy, torch.optim.Adam(energy.parameters(), 1e-3), bank, rng)
+    >>> settings = dict(batch=50, steps=10, step_size=0.1, temperature=1.0, data_noise=0.0)
+    >>> train(run, data, 20, **settings, progress=False).update
+    20
+    >>> run.gauge("rho").shape
+    torch.Size([20])
     """
     rates = [(group, group.setdefault("initial_lr", group["lr"])) for group in _groups(run)]
     settings = {

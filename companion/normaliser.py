@@ -1,8 +1,9 @@
 """The normaliser of an energy: annealed importance sampling from both ends, and bridge sampling.
 
-The target is p(x) = exp(-U(x)) / Z with U(x) = E(x) / T + |x|^2 / (2 tau^2), the density that ``langevin``
-and ``mala`` walk on; the second term is there only if ``base_std`` (tau) is given. Everything here estimates
-log Z, in nats, with an error bar: one number, or ``(S,)`` for stacked models, in double precision.
+The target is p(x) = exp(-U(x)) / Z with ``U(x) = E(x) / T + |x|^2 / (2 tau^2)``, the density that
+``langevin`` and ``mala`` walk on; the second term is there only if ``base_std`` (tau) is given. Everything
+here estimates log Z, in nats, with an error bar: one number, or ``(S,)`` for stacked models, in double
+precision.
 
 Which way an estimate errs matters: started from the Gaussian (``ais``), log Z is on average too *small*, so
 that a likelihood computed with it flatters the model; started from exact samples of the target
@@ -46,9 +47,9 @@ __all__ = [
 class LogLikelihood:
     """log p of examples, in nats an example."""
 
-    value: Tensor  # (*stack): the mean
-    error: Tensor  # (*stack): its standard error
-    each: Tensor  # (*stack, n)
+    value: Tensor  #: ``(*stack)``: the mean
+    error: Tensor  #: ``(*stack)``: its standard error
+    each: Tensor  #: ``(*stack, n)``
 
 
 def plan_ladder(
@@ -128,12 +129,13 @@ def ais(
     start: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> LogNormaliser:
-    """Annealed importance sampling along the geometric path from a Gaussian N(m, s^2) to the target,
+    """Annealed importance sampling along the geometric path from a Gaussian N(m, s^2) to the target::
 
         U_b(x) = (1 - b) |x - m|^2 / (2 s^2) + b U(x),    log w = sum_k (b_k - b_{k-1}) (U_0 - U)(x_{k-1}),
 
-    with ``transitions`` MALA steps under U_{b_k} from x_{k-1} to x_k. Without m, and with s = tau (the
-    default), the base measure stays and only the energy is switched on: U_b = b E/T + |x|^2 / (2 tau^2).
+    with ``transitions`` MALA steps under ``U_{b_k}`` from ``x_{k-1}`` to ``x_k``. Without m, and with s = tau
+    (the default), the base measure stays and only the energy is switched on: ``U_b = b E/T + |x|^2 / (2
+    tau^2)``.
 
     ``shape`` is one state's; ``ladder`` is a ``Ladder``, or a number of rungs, for which ``plan_ladder`` is
     run first from the same generator. ``start_std`` (s) and ``start_mean`` (m) may be tensors that broadcast

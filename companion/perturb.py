@@ -1,12 +1,12 @@
 """Worst-case weight perturbation: the adversary in weight space, around any optimiser that is already built.
 
-One training step on a batch's risk L (Zheng, Zhang and Mao 2021; Foret et al. 2021; algorithm 1 in both):
+One training step on a batch's risk L (Zheng, Zhang and Mao 2021; Foret et al. 2021; algorithm 1 in both)::
 
     g = grad L(theta),  Delta = rule(g),  g* = grad L(theta + Delta),  the optimiser steps from theta with g*.
 
 The rules differ in one line each. g is the gradient of the loss alone: weight decay, which belongs to the
-optimiser, never enters Delta, and Delta is a constant for g*. From plain training to AMP, in a loop with a
-closure, two lines change::
+optimiser, never enters Delta, and Delta is a constant for ``g*``. From plain training to AMP, in a loop with
+a closure, two lines change::
 
     from companion.perturb import AMP, Adversarial
     optimizer = Adversarial(optimizer, AMP(eps=0.5), net)
@@ -183,6 +183,22 @@ class Adversarial(Optimizer):
     Accumulate micro-batches inside the closure, for one Delta a step; for a Delta each, enter a
     :class:`WeightPerturbation` around each backward pass and step the base.
     Raises ``TypeError`` for a base that needs a closure of its own, ``ValueError`` for N or a radius below 0.
+
+    Example:
+
+    >>> import torch
+    >>> from companion.perturb import AMP, Adversarial
+    >>> _ = torch.manual_seed(0)
+    >>> net, x, y = torch.nn.Linear(3, 2), torch.randn(8, 3), torch.arange(8) % 2
+    >>> optimizer = Adversarial(torch.optim.SGD(net.parameters(), lr=0.1), AMP(eps=0.5), net)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = torch.nn.functional.cross_entropy(net(x), y)
+    ...     loss.backward()
+    ...     return loss
+    >>> losses = [optimizer.step(closure).item() for _ in range(20)]
+    >>> losses[-1] < losses[0]
+    True
     """
 
     def __init__(
@@ -270,7 +286,7 @@ class Adversarial(Optimizer):
         )  # fmt: skip
 
     def gauges(self) -> dict[str, Tensor]:
-        """|Delta| and the clip rate of the last step, as ``WeightPerturbation.gauges``."""
+        """``|Delta|`` and the clip rate of the last step, as ``WeightPerturbation.gauges``."""
         return {} if self.last is None else self.last.gauges()
 
     def state_dict(self) -> dict[str, Any]:

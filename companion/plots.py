@@ -31,7 +31,7 @@ __all__ = [
     "use_style",
 ]
 
-# Okabe & Ito 2008: blue, vermilion, green, orange, sky, purple, black.
+#: Okabe & Ito 2008: blue, vermilion, green, orange, sky, purple, black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 

@@ -1,7 +1,7 @@
 """Langevin purification: a stochastic defence that stands in front of any classifier.
 
 S_K(x) is the state after K unadjusted Langevin steps that start at the image x itself; the defended
-classifier averages logits over independent purifications,
+classifier averages logits over independent purifications::
 
     F(x) = E[C(S_K(x))], estimated by the mean of C(S_K(x_r)) over R replicas,      predicted: argmax F(x)
 
@@ -90,15 +90,15 @@ class Purifier:
         """S_K(x), differentiable in x through all K steps, the noise held fixed.
 
         The numbers are those of a plain call from the same generator state. The chain's graph is never
-        built: one step back maps the gradient v at x_{k+1} to
+        built: one step back maps the gradient v at ``x_{k+1}`` to::
 
             v - eps^2/2 (H(x_k) v / T + v / tau^2),      H the Hessian of E, which is symmetric,
 
-        the gradient at x_k. It needs the states x_0 ... x_{K-1}, each of x's size. ``segments=1`` keeps all
-        of them; otherwise the chain is cut into so many parts of nearly equal length, of which only the
+        the gradient at x_k. It needs the states ``x_0 ... x_{K-1}``, each of x's size. ``segments=1`` keeps
+        all of them; otherwise the chain is cut into so many parts of nearly equal length, of which only the
         first state is kept, and a part is run again, with the same noise, when the way back reaches it.
-        Memory: segments + K/segments states; time: one more chain at most. ``None`` keeps all states if
-        they fit into 256 MiB and takes about sqrt(K) segments if not.
+        Memory: segments + K/segments states; time: one more chain at most. ``None`` keeps all states if they
+        fit into 256 MiB and takes about sqrt(K) segments if not.
 
         The energy must be differentiable twice by autograd, or have ``value_and_tangent``. Raises
         ``ValueError`` for segments outside 1..K, ``FloatingPointError`` on the way back if the gradient

@@ -59,6 +59,14 @@ def record(name: str, value: float | int | Tensor | Iterable[float]) -> float:
     Inside a Jupyter kernel with myst-nb the numbers are glued without display; elsewhere (Colab, a
     plain script) they are printed. Raises ``ValueError`` for a non-finite or empty value: a figure
     that is not a number must stop the chapter, not be quoted by it.
+
+    Example:
+
+    >>> from companion.record import record
+    >>> mean = record("fd", [1.0, 2.0, 4.0])  # outside a kernel: printed
+    fd = 2.333
+    fd_sd = 1.528
+    fd_n = 3
     """
     if isinstance(value, Tensor):
         value = value.detach().cpu().tolist()

@@ -2,7 +2,7 @@
 
 A critic D, high on data, is read as the energy E(x) = -D(x): p(x) proportional to exp(beta D(x)), beta = 1/T.
 Every method is called as ``method(start, field, steps, step_size, beta, generator=...)`` and returns
-``Refined``; ``step_size`` is eps throughout. With z_k latents, x_k samples, xi standard normal:
+``Refined``; ``step_size`` is eps throughout. With z_k latents, x_k samples, xi standard normal::
 
     data_space   x <- x + eps^2/2 beta grad D(x) + eps xi                       (Song et al. 2020, "pixel")
     ddls         z <- z + eps^2/2 (beta grad_z D(G(z)) - z / s^2) + eps xi      (Che et al. 2020; s: prior)
@@ -43,11 +43,11 @@ _POTENTIALS: dict[str, Callable[[Tensor], Tensor]] = {
 class Refined:
     """Where the chains ended: samples, the states that walked (latents, or the samples), and gauges."""
 
-    x: Tensor  # (*batch, *shape)
-    state: Tensor  # (*batch, z) or x itself
-    gauges: Gauges | None  # of the Langevin chain; dot has none
-    critic: Tensor  # D at the samples, (*batch,)
-    path: Tensor | None = None  # (records, *batch, *shape): samples along the way, if recorded
+    x: Tensor  #: ``(*batch, *shape)``
+    state: Tensor  #: ``(*batch, z)`` or x itself
+    gauges: Gauges | None  #: of the Langevin chain; dot has none
+    critic: Tensor  #: D at the samples, ``(*batch,)``
+    path: Tensor | None = None  #: ``(records, *batch, *shape)``: samples along the way, if recorded
 
 
 class Field:
@@ -135,8 +135,21 @@ def ddls(
 ) -> Refined:
     """Langevin on latents from ``start`` ``(*batch, z)`` under exp(beta D(G(z))) N(z; 0, prior^2 I).
 
-    ``prior=None`` drops the prior, as the official code of DCD does; |z| then leaves its shell. Exact if
+    ``prior=None`` drops the prior, as the official code of DCD does; ``|z|`` then leaves its shell. Exact if
     beta D is the log density ratio of data and generator. Raises as ``data_space``.
+
+    Example:
+
+    >>> import torch
+    >>> from companion.networks import MLPEnergy, PointGenerator
+    >>> from companion.refine import Field, ddls
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> network = PointGenerator(2, latent=2, generator=rng).eval()
+    >>> critic = MLPEnergy((2,), (32,), generator=rng).eval()  # any network (B, *shape) -> (B,), high on data
+    >>> z = torch.randn(100, 2, generator=rng)
+    >>> refined = ddls(z, Field(critic, network), steps=10, step_size=0.1, beta=1.0, generator=rng)
+    >>> refined.x.shape, refined.state.shape
+    (torch.Size([100, 2]), torch.Size([100, 2]))
     """
     field.check(start, latent=True)
     return _walk(start, field, field, steps, step_size, beta, prior, generator, record_every)
@@ -182,12 +195,12 @@ def dot(
     generator: torch.Generator | None = None,
     record_every: int | None = None,
 ) -> Refined:
-    """Discriminator optimal transport: descend |z - z_0| - D(G(z)) / k from the latents z_0, without noise.
+    """Discriminator optimal transport: descend ``|z - z_0| - D(G(z)) / k`` from the latents z_0, no noise.
 
-    ``beta`` is 1 / k; by default k is the largest |D(G(z)) - D(G(z'))| / |z - z'| over pairs of the start, a
-    number a stacked model: the critic's Lipschitz constant on latents, as in the paper. The step's part
-    along z is removed, so that |z| stays in the prior's shell. Draws nothing; ``generator`` is there for the
-    call's shape. Source: Tanaka 2019, eq. 13 and its released code. Raises as ``data_space``.
+    ``beta`` is 1 / k; by default k is the largest ``|D(G(z)) - D(G(z'))| / |z - z'|`` over pairs of the
+    start, a number a stacked model: the critic's Lipschitz constant on latents, as in the paper. The step's
+    part along z is removed, so that ``|z|`` stays in the prior's shell. Draws nothing; ``generator`` is there
+    for the call's shape. Source: Tanaka 2019, eq. 13 and its released code. Raises as ``data_space``.
     """
     field.check(start, latent=True)
     _check_range(steps, step_size, 1.0 if beta is None else beta, None)

@@ -1,6 +1,6 @@
 """Learning the Stein discrepancy: an energy trained without samples, and a critic that tests one.
 
-The critic f looks for where the model's score s = -grad E is wrong under the data (Grathwohl et al. 2020),
+The critic f looks for where the model's score s = -grad E is wrong under the data (Grathwohl et al. 2020)::
 
     max_f  E_data[s^T f + Tr grad f] - lam E_data|f|^2,        f* = (s - s_data) / (2 lam),
 
@@ -124,7 +124,7 @@ class SteinRun:
     rng: torch.Generator
     critic: nn.Module | None = None
     critic_optimizer: torch.optim.Optimizer | None = None
-    average: nn.Module | None = None  # the energy with its weights averaged over its steps; see ``train``
+    average: nn.Module | None = None  #: the energy with its weights averaged over its steps; see ``train``
     step: int = 0
     history: dict[str, list[Tensor]] = field(default_factory=dict)
 
@@ -145,10 +145,11 @@ def critic_loss(
     kind: str = "rademacher",
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """-(E[A f] - lam E|f|^2) and E|f|^2 over the batch, each a scalar or ``(S,)``; x: ``(*stack, B, d)``.
+    """``-(E[A f] - lam E|f|^2)`` and ``E|f|^2`` over the batch, each a scalar or ``(S,)``.
 
-    No gradient reaches the energy: its score is a constant here. ``anchored`` gives the critic the model's
-    own score and lets the network h learn only the rest, f = (s + h) / (2 lam). Then, with A f written out,
+    x: ``(*stack, B, d)``. No gradient reaches the energy: its score is a constant here. ``anchored`` gives
+    the critic the model's own score and lets the network h learn only the rest, f = (s + h) / (2 lam). Then,
+    with A f written out::
 
         E[A f] - lam E|f|^2 = (E|s|^2 + 2 E Tr grad s + 2 E Tr grad h - E|h|^2) / (4 lam),
 
@@ -188,9 +189,9 @@ def model_loss(
 def score_matching_loss(
     energy: nn.Module, x: Tensor, generator: torch.Generator | None = None, *, kind: str = "rademacher"
 ) -> Tensor:
-    """E[|s|^2 / 2 + Tr grad s] over the batch, a scalar or ``(S,)``; the trace by one Hutchinson probe.
+    """``E[|s|^2 / 2 + Tr grad s]`` over the batch, a scalar or ``(S,)``; the trace by one Hutchinson probe.
 
-    Up to a constant half the Fisher divergence E|s - s_data|^2. Source: Hyvarinen 2005, theorem 1; the
+    Up to a constant half the Fisher divergence ``E|s - s_data|^2``. Source: Hyvarinen 2005, theorem 1; the
     probe as in the Stein operator.
     """
     x, grad = _differentiable_gradient(energy, x)
@@ -202,7 +203,7 @@ def score_matching_loss(
 def critic_step(
     run: SteinRun, x: Tensor, *, lam: float, anchored: bool = False, clip: float | None = None
 ) -> dict[str, Tensor]:
-    """One step of the critic on the batch x; returns the gauges "critic", its loss, and "square", E|f|^2."""
+    """One step of the critic on the batch x; returns gauges: "critic", its loss, "square", ``E|f|^2``."""
     loss, square = critic_loss(run.energy, run.critic, x, lam=lam, anchored=anchored, generator=run.rng)
     descend(run.critic_optimizer, run.critic, loss, clip)
     return {"critic": loss.detach(), "square": square}

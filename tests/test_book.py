@@ -21,6 +21,7 @@ import keys  # noqa: E402
 import pages  # noqa: E402
 import parameters  # noqa: E402
 import plan  # noqa: E402
+import recorded  # noqa: E402
 import render  # noqa: E402
 import run  # noqa: E402
 
@@ -482,11 +483,11 @@ def test_glued_numbers():
 
 
 def test_a_quantity_is_shown_to_two_digits_of_its_spread():
-    assert pages._quantity(12.3456, 0.561) == "12.35 ± 0.56"
-    assert pages._quantity(0.00123456, 0.00001234) == "0.001235 ± 0.000012"
-    assert pages._quantity(1234.5, 56.0) == "1234 ± 56"
-    assert pages._quantity(5, None) == "5"
-    assert pages._quantity(0.3333333, 0.0) == "0.3333"
+    assert recorded.quantity(12.3456, 0.561) == "12.35 ± 0.56"
+    assert recorded.quantity(0.00123456, 0.00001234) == "0.001235 ± 0.000012"
+    assert recorded.quantity(1234.5, 56.0) == "1234 ± 56"
+    assert recorded.quantity(5, None) == "5"
+    assert recorded.quantity(0.3333333, 0.0) == "0.3333"
 
 
 def test_a_partial_table_of_contents():

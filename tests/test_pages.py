@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SITE = Path(os.environ.get("BOOK_SITE") or ROOT / "build" / "smoke" / "html").resolve()
-PAGES = sorted(path.relative_to(SITE).as_posix() for path in SITE.glob("book/*.html"))
+PAGES = sorted(path.relative_to(SITE).as_posix() for path in SITE.glob("book/**/*.html"))
 VIEWPORTS = {"desktop": (1280, 900), "phone": (390, 844)}
 ARGUMENTS = [
     "--no-sandbox",
@@ -52,6 +52,43 @@ IMAGES = """async () => Promise.all([...document.querySelectorAll('article img')
     try { await image.decode(); } catch (error) { /* width 0 tells */ }
     return {source: image.src, alt: image.alt.trim(), width: image.naturalWidth};
 }))"""
+
+
+# Text of too little contrast with what is behind it, by the rule of WCAG 2 (AA): 4.5 to 1, large text 3 to 1.
+FAINT = """() => {
+    const parse = c => { const n = c.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
+    const over = (a, b) => a.slice(0, 3).map((v, i) => v * a[3] + b[i] * (1 - a[3])).concat(1);
+    const light = c => c.slice(0, 3).map(v => v / 255)
+        .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const behind = e => {
+        const layers = [];
+        for (let p = e; p; p = p.parentElement) {
+            const c = parse(getComputedStyle(p).backgroundColor);
+            layers.unshift(c);
+            if (c[3] === 1) break;
+        }
+        return layers.reduce((below, c) => over(c, below), [255, 255, 255, 1]);
+    };
+    const found = {};
+    const walker = document.createTreeWalker(document.querySelector('article'), NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const e = walker.currentNode.parentElement, style = getComputedStyle(e);
+        if (!walker.currentNode.textContent.trim() || !e.getClientRects().length) continue;
+        if (style.visibility !== 'visible') continue;
+        if (e.closest('script, style, mjx-assistive-mml, .headerlink')) continue;
+        const back = behind(e), front = over(parse(style.color), back);
+        const [a, b] = [light(front), light(back)].sort((x, y) => y - x);
+        const size = parseFloat(style.fontSize), ratio = (a + 0.05) / (b + 0.05);
+        const least = size >= 24 || (size >= 18.66 && style.fontWeight >= 700) ? 3 : 4.5;
+        if (ratio < least) found[`${e.tagName}.${e.className} ${style.color} on ${back.slice(0, 3)}`] =
+            `${ratio.toFixed(2)}: ${e.textContent.trim().slice(0, 40)}`;
+    }
+    return found;
+}"""
+CLOSED = """() => [...document.querySelectorAll('article details, article .admonition.toggle')]
+    .filter(e => { const last = e.lastElementChild.getBoundingClientRect(); return last.height < 2; })
+    .map(e => e.outerHTML.slice(0, 160))"""
 
 
 def unavailable(reason):
@@ -175,8 +212,11 @@ def test_buttons_give_the_generated_notebooks(site):
                 assert shown == written, f"{name}: {kind} numbers of page and notebook differ"
 
 
-@pytest.mark.parametrize("viewport", VIEWPORTS)
-@pytest.mark.parametrize("path", PAGES)
+# The rooms of the reference are all made alike: the narrow window, where things stick out, is enough.
+VISITS = [(path, size) for path in PAGES for size in VIEWPORTS if size == "phone" or "book/api/" not in path]
+
+
+@pytest.mark.parametrize(("path", "viewport"), VISITS)
 def test_page(browser, site, path, viewport):
     source = (SITE / path).read_text(encoding="utf-8")
     with Visit(browser, site, VIEWPORTS[viewport]) as visit:
@@ -193,7 +233,7 @@ def test_page(browser, site, path, viewport):
         width = page.evaluate("document.scrollingElement.scrollWidth")
         inner = page.evaluate("window.innerWidth")
         assert width <= inner, f"{width} px wide in a window of {inner}: {page.evaluate(STICKS_OUT)}"
-        name = f"{Path(path).stem}-{viewport}"
+        name = f"{path.removeprefix('book/').removesuffix('.html').replace('/', '-')}-{viewport}"
         picture(page, name)
         if os.environ.get("BOOK_SCREENSHOTS"):
             page.evaluate("document.documentElement.dataset.theme = 'dark'")
@@ -214,3 +254,81 @@ def test_search_finds_a_page(browser, site):
         page = visit.open("search.html?q=energy")
         page.wait_for_selector("ul.search li a")
         assert not visit.problems
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+@pytest.mark.parametrize("path", ["index", "energy-and-langevin", "papers", "api/langevin"])
+def test_text_stands_out_from_its_background(browser, site, path, mode):
+    if f"book/{path}.html" not in PAGES:
+        pytest.skip(f"{path} is not in this build")
+    with Visit(browser, site, VIEWPORTS["desktop"], mode=mode) as visit:
+        page = visit.open(f"book/{path}.html")
+        page.evaluate(OPEN_ALL)
+        assert page.evaluate(FAINT) == {}
+
+
+def test_the_keyboard_reaches_the_text_and_shows_where_it_is(browser, site):
+    with Visit(browser, site, VIEWPORTS["desktop"]) as visit:
+        page = visit.open("book/index.html")
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.closest('.skip-link') !== null"), (
+            "no skip link comes first"
+        )
+        page.wait_for_function("document.activeElement.getBoundingClientRect().top >= 0")  # it slides in
+        page.keyboard.press("Enter")
+        assert page.evaluate("location.hash") == "#main-content"
+        for _ in range(60):  # what follows lies in the text, links of the bar above it apart
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.closest('article') !== null"):
+                break
+        else:
+            pytest.fail("from the skip link no key press leads into the text")
+        outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        assert outline not in ("none", "hidden"), "the focus is not seen"
+        assert not visit.problems
+
+
+def test_a_chapter_prints_whole(browser, site, tmp_path):
+    """On paper: no navigation, what was closed is open, nothing sticks out, and the text is all there."""
+    try:
+        from pypdf import PdfReader
+    except ImportError:
+        unavailable("pypdf is not installed; run `make setup`")
+    path = "book/energy-and-langevin.html"
+    if path not in PAGES:
+        pytest.skip("the chapter is not in this build")
+    with Visit(browser, site, (794, 1123)) as visit:  # A4 at 96 dots an inch
+        page = visit.open(path)
+        page.emulate_media(media="print")
+        assert page.locator(".bd-sidebar-primary, .bd-sidebar-secondary, .prev-next-footer").count() > 0
+        for shown in page.locator(".bd-sidebar-primary, .bd-sidebar-secondary, .prev-next-footer").all():
+            assert not shown.is_visible()
+        assert page.evaluate(CLOSED) == []
+        assert page.evaluate("document.scrollingElement.scrollWidth") <= 794, page.evaluate(STICKS_OUT)
+        page.pdf(path=str(tmp_path / "chapter.pdf"), format="A4")
+    paper = PdfReader(tmp_path / "chapter.pdf")
+    assert 5 < len(paper.pages) < 40
+    text = " ".join(" ".join(sheet.extract_text() for sheet in paper.pages).split())
+    for part in ("Energy and Langevin", "langevin_by_hand", "Stability needs", "Further reading"):
+        assert part in text, part
+    assert sum(len(sheet.images) for sheet in paper.pages) >= 7, "figures are missing"
+
+
+def test_every_public_name_is_in_the_reference(site):
+    """Each name of each public module has an entry of its own."""
+    if "book/api/index.html" not in PAGES:
+        pytest.skip("this build has no reference")
+    import importlib
+    import pkgutil
+
+    import companion
+
+    text = "".join(
+        (SITE / path).read_text(encoding="utf-8") for path in PAGES if path.startswith("book/api/")
+    )
+    entries = set(re.findall(r'id="(companion\.[\w.]+)"', text))
+    for found in pkgutil.walk_packages(companion.__path__, "companion."):
+        if any(part.startswith("_") for part in found.name.split(".")) or found.ispkg:
+            continue
+        names = {f"{found.name}.{name}" for name in importlib.import_module(found.name).__all__}
+        assert names <= entries, names - entries

@@ -16,29 +16,26 @@ import shutil
 import sys
 from pathlib import Path
 
-import yaml
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "book"))
+
+import recorded  # noqa: E402
+from recorded import Run  # noqa: E402
 
 __all__ = ["chapter_table", "main", "renewed"]
 
-ROOT = Path(__file__).parents[1]
 PICTURE = ("short-run-1.png", "book/_static/short-run.png")
 BEGIN, END = "<!-- chapters: written by tools/record.py -->", "<!-- end of chapters -->"
 
 
 def chapter_table(root: Path, record: dict) -> str:
     """The README's table of chapters and the minutes that they took, from front matter and ``record``."""
-    lines = ["| chapter | method | paper | device | minutes |", "|---|---|---|---|---|"]
-    for name, result in record["chapters"].items():
-        page = root / "book" / f"{name}.md"
-        front = yaml.safe_load(page.read_text(encoding="utf-8").split("---\n", 2)[1])
-        link = f"[{front['title']}](book/{name}.md)"
-        cells = [link, front["method"], front["paper"], result["device"], f"{result['seconds'] / 60:.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
+    runs = {name: [Run(name, record["profile"], row)] for name, row in record["chapters"].items()}
     results = record["chapters"].values()
     minutes = sum(result["seconds"] for result in results) / 60
     torch = ", ".join(sorted({result["versions"]["torch"] for result in results}))
-    lines += ["", f"Together {minutes:.1f} minutes in the `{record['profile']}` profile (torch {torch})."]
-    return "\n".join(lines)
+    total = f"Together {minutes:.1f} minutes in the `{record['profile']}` profile (torch {torch})."
+    return "\n".join([*recorded.chapter_table(root, runs, "book/{}.md"), "", total])
 
 
 def renewed(readme: str, table: str) -> str:

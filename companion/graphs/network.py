@@ -291,7 +291,7 @@ class _Graphs(nn.Module):
 
 
 class GraphEnergy(_Graphs):
-    """E(a, sigma): ``(B, P)`` coordinates at noise levels ``(B,)`` (or one number) -> ``(B,)``.
+    """E(a, sigma): ``(B, P)`` coordinates at noise levels ``(B,)`` (or one number) -> ``(B,)``::
 
         E = 1/sigma (sum_{i<j} e(pair features) + sum_i v(node features))
             + sum_{i<j} (a_ij - mu)^2 / (2 (tau^2 + sigma^2))

@@ -7,14 +7,14 @@ combinatorial approach to graphlet counting", 2014, solve the same linear system
 Places are numbered as in Pržulj, "Biological network comparison using graphlet degree distribution", 2007,
 figure 2, and so as in ORCA, GraphRNN and everything that is compared with them:
 
-====== ================================  =====  =========================================
-0      end of an edge                    8      on a 4-cycle
-1, 2   end, centre of a path of three    9      the tail's end of a triangle with a tail
-3      in a triangle                     10     its two nodes away from the tail
-4, 5   end, inside of a path of four     11     its node that holds the tail
-6, 7   leaf, centre of a star of four    12, 13 degree 2, 3 in K4 less an edge
-..                                       14     in a K4
-====== ================================  =====  =========================================
+======  ================================  ======  ========================================
+0       end of an edge                    8       on a 4-cycle
+1, 2    end, centre of a path of three    9       the tail's end of a triangle with a tail
+3       in a triangle                     10      its two nodes away from the tail
+4, 5    end, inside of a path of four     11      its node that holds the tail
+6, 7    leaf, centre of a star of four    12, 13  degree 2, 3 in K4 less an edge
+..                                        14      in a K4
+======  ================================  ======  ========================================
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from companion.graphs.batch import GraphBatch, check
 
 __all__ = ["ORBITS", "orbit_counts"]
 
+#: How many places there are in connected graphs of two to four nodes.
 ORBITS = 15
 _CELLS = 1 << 23  # entries of the largest work array at a time, to bound memory
 

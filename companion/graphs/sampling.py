@@ -26,9 +26,9 @@ __all__ = ["Generated", "annealed_langevin", "generate"]
 class Generated:
     """Graphs and how they came about."""
 
-    graphs: GraphBatch  # thresholded; isolated nodes dropped, as the published protocol does
-    dropped: Tensor  # (G,) int64: how many nodes each lost
-    relaxed: GraphBatch  # before the threshold, with the node numbers asked for
+    graphs: GraphBatch  #: thresholded; isolated nodes dropped, as the published protocol does
+    dropped: Tensor  #: ``(G,)`` int64: how many nodes each lost
+    relaxed: GraphBatch  #: before the threshold, with the node numbers asked for
 
 
 def annealed_langevin(

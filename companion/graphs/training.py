@@ -2,18 +2,22 @@
 
 Graphs have no density, so they are given one: a = a_0 + sigma eps on the coordinates of ``network.py``, at
 several levels sigma. With u = sigma s, the model's scaled score s = -dE/da, and a critic f, the value of one
-graph at one level is (Grathwohl et al. 2020, scaled by sigma so that the levels weigh alike)
+graph at one level is (Grathwohl et al. 2020, scaled by sigma so that the levels weigh alike)::
 
     V(f) = [ u^T f + sigma Tr grad f - lam |f|^2 ] / P,        f* = (u - sigma s_data) / (2 lam).
 
-``plain``      the critic climbs V, the model descends u^T f / P: Shankar 2021 as it can be reconstructed.
-``anchored``   f = (u + h) / (2 lam) with u held fixed and h the network. V then falls apart into
-               [ sigma Tr grad h - |h|^2 / 2 ] / (2 lam P) for the critic, whose optimum h* = -sigma s_data
-               does not move while the model trains, and |u + h|^2 / (4 lam P) for the model, a least-squares
-               problem. The same discrepancy and the same optimum, without the chase.
-``dsm``        no critic: |u + eps|^2 / P. For data smoothed like this it is what a perfect critic would
-               give (the noise is known), hence the control: same network, same noise.
-``frozen``     the anchored model against a critic that never learns: the control that must fail.
+``plain``
+    the critic climbs V, the model descends u^T f / P: Shankar 2021 as it can be reconstructed.
+``anchored``
+    f = (u + h) / (2 lam) with u held fixed and h the network. V then falls apart into
+    ``[ sigma Tr grad h - |h|^2 / 2 ] / (2 lam P)`` for the critic, whose optimum ``h* = -sigma s_data``
+    does not move while the model trains, and ``|u + h|^2 / (4 lam P)`` for the model, a least-squares
+    problem. The same discrepancy and the same optimum, without the chase.
+``dsm``
+    no critic: ``|u + eps|^2 / P``. For data smoothed like this it is what a perfect critic would
+    give (the noise is known), hence the control: same network, same noise.
+``frozen``
+    the anchored model against a critic that never learns: the control that must fail.
 
 **Two forms of every loss.** ``exact=True`` differentiates twice (autograd through ``stein_terms`` and
 through the energy's gradient). The default replaces derivatives *along one direction* by central
@@ -100,7 +104,7 @@ class GraphRun:
     average: GraphEnergy
     optimizer: torch.optim.Optimizer
     pool: Pool
-    levels: Tensor  # (L,), descending
+    levels: Tensor  #: ``(L,)``, descending
     rng: torch.Generator
     method: str = "anchored"
     critic: GraphCritic | None = None
@@ -170,7 +174,7 @@ def dsm_loss(
     mask: Tensor | None = None,
     exact: bool = False,
 ) -> Tensor:
-    """mean over graphs of |u + eps|^2 / P, a = a_0 + sigma eps: 1 for a model that knows nothing.
+    """mean over graphs of ``|u + eps|^2 / P``, a = a_0 + sigma eps: 1 for a model that knows nothing.
 
     Source: Vincent 2011; the weighting by sigma^2 as in Song & Ermon 2019. Without ``exact`` the value is
     right and the gradient a central difference.
@@ -219,8 +223,8 @@ def critic_loss(
 ) -> tuple[Tensor, Tensor]:
     """What the critic makes small on a ``(B, P)`` at levels ``(B,)``: a scalar; and its field at a, detached.
 
-    anchored: E[ |h|^2 / 2 - sigma Tr grad h ] / P, in which the energy does not occur; plain:
-    -E[ u^T f + sigma Tr grad f - lam |f|^2 ] / P. One Rademacher probe.
+    anchored: ``E[ |h|^2 / 2 - sigma Tr grad h ] / P``, in which the energy does not occur; plain:
+    ``-E[ u^T f + sigma Tr grad f - lam |f|^2 ] / P``. One Rademacher probe.
     """
     count = _count(a, mask)
     u = torch.zeros_like(a) if anchored else scaled_score(energy, a, sigma, mask)
@@ -262,7 +266,7 @@ def model_loss(
 ) -> Tensor:
     """What the model makes small, given the critic's field (B, P) at a, held fixed: a scalar.
 
-    anchored: E|u + h|^2 / P (its gradient is that of u^T f, times a constant); plain: E[u^T f] / P.
+    anchored: ``E|u + h|^2 / P`` (its gradient is that of u^T f, times a constant); plain: ``E[u^T f] / P``.
     """
     if anchored:
         return _squares(energy, field_, a, sigma, mask, exact)
@@ -339,7 +343,7 @@ def train(
     ``schedule``, a factor at the share done). ``averaging`` is the decay of the energy's averaged weights,
     which are sampled; ``critic_averaging`` that of the critic's, whose field is the anchored model's target
     (0: the critic as it is): its optimum stands still, so that the average is nearer to it.
-    ``score_penalty`` adds that times E|u|^2 / P to the plain model's loss.
+    ``score_penalty`` adds that times ``E|u|^2 / P`` to the plain model's loss.
 
     Raises ``DivergenceError`` with the step when a gauge is no longer finite; that is looked at every 50
     steps, so that a GPU need not wait.
