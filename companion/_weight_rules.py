@@ -164,3 +164,4 @@ class Random(_Rule):
 
 
 Rule = AMP | SAM | ASAM | Random
+"""How weights are perturbed: any of the four rules."""
