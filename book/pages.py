@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import citing
 import nbformat
 import plan
 import yaml
@@ -26,6 +27,7 @@ from plan import Chapter, Layout
 __all__ = [
     "ENVIRONMENT_TAG",
     "commit",
+    "cpu_banner",
     "missing_alt",
     "read_result",
     "readable",
@@ -216,16 +218,36 @@ def results_page(results: list[tuple[Chapter, dict[str, Any]]], profile: str) ->
 # --- the stage ------------------------------------------------------------------------------------
 
 
-def stage(layout: Layout, chapters: dict[str, Chapter]) -> tuple[Path, list[str], list[str]]:
+def cpu_banner(results: list[dict[str, Any]], profile: str) -> str | None:
+    """What readers of a published book must know when not all of it was executed on a GPU; else None."""
+    on_cpu = [result for result in results if str(result["device"]).startswith("cpu")]
+    if not on_cpu:
+        return None
+    which = "These pages" if len(on_cpu) == len(results) else f"{len(on_cpu)} of {len(results)} chapters"
+    return f"{which} were executed on a CPU, in the profile {profile}: smaller data than a GPU would take."
+
+
+def _announce(config: Path, text: str) -> None:
+    """Put a line on top of every page of a staged book."""
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    settings.setdefault("html", {})["announcement"] = text
+    config.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def stage(
+    layout: Layout, chapters: dict[str, Chapter], banner: bool = False
+) -> tuple[Path, list[str], list[str]]:
     """Fill ``stage/`` with all that jupyter-book needs; returns it, its documents and the chapters left out.
 
-    A chapter that has not been executed in this profile is left out, of ``_toc.yml`` too. Raises
-    ``BookError`` when no chapter has been executed, or a figure has no alt text.
+    A chapter that has not been executed in this profile is left out, of ``_toc.yml`` too. ``banner``: a book
+    that was executed on a CPU says so on every page. Raises ``BookError`` when no chapter has been executed,
+    or a figure has no alt text.
     """
     root, folder = layout.root, layout.folder("stage")
     shutil.rmtree(folder)
     (folder / "book").mkdir(parents=True)
     install = install_source(root)
+    url = re.sub(r"^git\+|(\.git)?@[^@]*$", "", install) if install else None
     found = [(chapter, read_result(layout, chapter)) for chapter in chapters.values()]
     results = [(chapter, result) for chapter, result in found if result is not None]
     left_out = [chapter.name for chapter, result in found if result is None]
@@ -236,6 +258,8 @@ def stage(layout: Layout, chapters: dict[str, Chapter]) -> tuple[Path, list[str]
         executed = nbformat.read(layout.build / "executed" / f"{chapter.name}.ipynb", as_version=4)
         notebook = readable(executed, result["parameters"], install)
         without_alt += [f"  {chapter.document}.md, {cell}" for cell in missing_alt(notebook)]
+        cite = citing.section(chapter, result, root, url)
+        notebook.cells.append(nbformat.v4.new_markdown_cell(cite, id="cite-this-chapter"))
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = with_links(cell.source, staged, missing)
@@ -252,6 +276,8 @@ def stage(layout: Layout, chapters: dict[str, Chapter]) -> tuple[Path, list[str]
     toc_text = yaml.safe_dump(plan.restrict_toc(toc, set(documents)), sort_keys=False)
     (folder / "_toc.yml").write_text(toc_text, encoding="utf-8")
     shutil.copy(root / "_config.yml", folder)
+    if banner and (text := cpu_banner([result for _, result in results], layout.profile)):
+        _announce(folder / "_config.yml", text)
     for document in documents:
         if document in plan.GENERATED:
             (folder / f"{document}.md").write_text(results_page(results, layout.profile), encoding="utf-8")
