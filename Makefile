@@ -7,6 +7,7 @@ PY := .venv/bin/python
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup course test lint format chapter book pages clean constraints
+.PHONY: chapters site notebooks branch device links audit release
 
 help: ## what there is
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -30,20 +31,48 @@ chapter: setup ## one chapter, in the book: make chapter ONLY=short-run [SET="n_
 	$(PY) book/run.py --profile $(PROFILE) --only $(ONLY) $(foreach setting,$(SET),--set '$(setting)')
 
 test: setup lint ## lint, unit tests, every chapter in the smoke profile, every page in a browser
-	$(PY) -m pytest -q -n 2 --ignore=tests/test_pages.py
+	$(PY) -m pytest -q -n 2 --ignore=tests/test_pages.py --ignore=tests/test_site_links.py
 	$(PY) book/run.py --profile smoke --jobs 2
-	BOOK_SITE=build/smoke/html $(PY) -m pytest -q tests/test_pages.py
+	BOOK_SITE=build/smoke/html $(PY) -m pytest -q tests/test_pages.py tests/test_site_links.py
 
-pages: setup ## open every page of PROFILE's book in headless Chromium
-	BOOK_SITE=build/$(PROFILE)/html $(PY) -m pytest -q tests/test_pages.py
+pages: setup ## open every page of PROFILE's book in headless Chromium, follow its links within
+	BOOK_SITE=build/$(PROFILE)/html $(PY) -m pytest -q tests/test_pages.py tests/test_site_links.py
 
-lint: setup ## ruff, as the tests run it
+lint: setup ## ruff over files and the chapters' code cells, spelling
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	$(PY) tools/cells.py check
+	.venv/bin/codespell
 
-format: setup ## put the code in shape
+format: setup ## put the code in shape, code cells too
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+	$(PY) tools/cells.py format
+
+chapters: setup ## run every chapter of PROFILE, build nothing
+	$(PY) book/run.py --profile $(PROFILE) --jobs $(JOBS) --no-build
+
+site: setup ## PROFILE's book for its readers, from chapters executed before, perhaps elsewhere
+	$(PY) book/run.py --profile $(PROFILE) --publish
+
+notebooks: setup ## a notebook a chapter for Colab, in build/notebooks
+	$(PY) book/notebooks.py --out build/notebooks
+
+branch: notebooks ## the same in build/branch, in the folder that this release has on the branch of notebooks
+	@rm -rf build/branch && mkdir -p build/branch
+	cp -R build/notebooks "build/branch/$$($(PY) book/notebooks.py --where)"
+
+device: setup ## say which GPU torch uses; an error where it has none
+	$(PY) tools/device.py
+
+links: setup ## ask every external link of the book whether it still leads somewhere
+	$(PY) tools/links.py
+
+audit: setup ## known weaknesses of the dependencies, into build/audit.json
+	$(PY) tools/audit.py
+
+release: setup ## wheel, source, PROFILE's book and checksums in dist, tried out; TAG=vX.Y.Z is compared
+	$(PY) tools/release.py --profile $(PROFILE) $(if $(TAG),--tag '$(TAG)')
 
 constraints: ## renew constraints.txt from a fresh environment
 	@$(PYTHON) tools/setup.py --freeze
