@@ -3,10 +3,12 @@ PYTHON ?= python3
 PROFILE ?= cpu
 JOBS ?= 1
 PY := .venv/bin/python
+WITH_A_SITE := pages playground site_links
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup course test lint format chapter book notebooks colab pages clean constraints
+.PHONY: help setup course test lint format chapter book pages clean constraints
+.PHONY: chapters site notebooks branch colab device links audit release
 
 help: ## what there is
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -30,26 +32,51 @@ chapter: setup ## one chapter, in the book: make chapter ONLY=short-run [SET="n_
 	$(PY) book/run.py --profile $(PROFILE) --only $(ONLY) $(foreach setting,$(SET),--set '$(setting)')
 
 test: setup lint ## lint, unit tests, every chapter in the smoke profile, every page in a browser
-	$(PY) -m pytest -q -n 2 $(foreach part,pages playground colab,--ignore=tests/test_$(part).py)
+	$(PY) -m pytest -q -n 2 $(foreach part,$(WITH_A_SITE) colab,--ignore=tests/test_$(part).py)
 	$(PY) book/run.py --profile smoke --jobs 2
-	BOOK_SITE=build/smoke/html $(PY) -m pytest -q tests/test_pages.py tests/test_playground.py
+	BOOK_SITE=build/smoke/html $(PY) -m pytest -q $(foreach part,$(WITH_A_SITE),tests/test_$(part).py)
+
+pages: setup ## open every page of PROFILE's book in headless Chromium, follow its links within
+	BOOK_SITE=build/$(PROFILE)/html $(PY) -m pytest -q $(foreach part,$(WITH_A_SITE),tests/test_$(part).py)
+
+colab: setup ## run a notebook in an environment of its own, as Colab would
+	$(PY) -m pytest -q tests/test_colab.py
+
+lint: setup ## ruff over files and the chapters' code cells, spelling
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	$(PY) tools/cells.py check
+	.venv/bin/codespell
+
+format: setup ## put the code in shape, code cells too
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+	$(PY) tools/cells.py format
+
+chapters: setup ## run every chapter of PROFILE, build nothing
+	$(PY) book/run.py --profile $(PROFILE) --jobs $(JOBS) --no-build
+
+site: setup ## PROFILE's book for its readers, from chapters executed before, perhaps elsewhere
+	$(PY) book/run.py --profile $(PROFILE) --publish
 
 notebooks: setup ## a notebook a chapter for Colab, in build/notebooks
 	$(PY) book/notebooks.py --out build/notebooks
 
-colab: setup ## run such a notebook in an environment of its own, as Colab would
-	$(PY) -m pytest -q tests/test_colab.py
+branch: notebooks ## the same in build/branch, in the folder that this release has on the branch of notebooks
+	@rm -rf build/branch && mkdir -p build/branch
+	cp -R build/notebooks "build/branch/$$($(PY) book/notebooks.py --where)"
 
-pages: setup ## open every page of PROFILE's book in headless Chromium
-	BOOK_SITE=build/$(PROFILE)/html $(PY) -m pytest -q tests/test_pages.py tests/test_playground.py
+device: setup ## say which GPU torch uses; an error where it has none
+	$(PY) tools/device.py
 
-lint: setup ## ruff, as the tests run it
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
+links: setup ## ask every external link of the book whether it still leads somewhere
+	$(PY) tools/links.py
 
-format: setup ## put the code in shape
-	.venv/bin/ruff check --fix .
-	.venv/bin/ruff format .
+audit: setup ## known weaknesses of the dependencies, into build/audit.json
+	$(PY) tools/audit.py
+
+release: setup ## wheel, source, PROFILE's book and checksums in dist, tried out; TAG=vX.Y.Z is compared
+	$(PY) tools/release.py --profile $(PROFILE) $(if $(TAG),--tag '$(TAG)')
 
 constraints: ## renew constraints.txt from a fresh environment
 	@$(PYTHON) tools/setup.py --freeze

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import citing
 import nbformat
 import notebooks
 import plan
@@ -31,6 +32,7 @@ __all__ = [
     "NOTEBOOKS",
     "commit",
     "config",
+    "cpu_banner",
     "gallery",
     "missing_alt",
     "read_result",
@@ -219,22 +221,40 @@ def results_page(results: list[tuple[Chapter, dict[str, Any]]], profile: str) ->
 # --- the stage ------------------------------------------------------------------------------------
 
 
-def config(root: Path, home: Home | None) -> str:
-    """``_config.yml`` with Colab buttons that open the notebooks of this release, where Colab can."""
+def config(root: Path, home: Home | None, announcement: str | None = None) -> str:
+    """``_config.yml`` with Colab buttons that open the notebooks of this release, where Colab can.
+
+    ``announcement`` is a line on top of every page.
+    """
     text = (root / "_config.yml").read_text(encoding="utf-8")
-    if home is None or not home.on_colab:
-        return text
     settings = yaml.safe_load(text)
-    settings["repository"] = {"url": home.url, "branch": BRANCH, "path_to_book": home.folder}
-    settings["launch_buttons"] = {"colab_url": COLAB}
+    if home is not None and home.on_colab:
+        settings["repository"] = {"url": home.url, "branch": BRANCH, "path_to_book": home.folder}
+        settings["launch_buttons"] = {"colab_url": COLAB}
+    elif announcement is None:
+        return text
+    if announcement is not None:
+        settings.setdefault("html", {})["announcement"] = announcement
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
-def stage(layout: Layout, chapters: dict[str, Chapter]) -> tuple[Path, list[str], list[str]]:
+def cpu_banner(results: list[dict[str, Any]], profile: str) -> str | None:
+    """What readers of a published book must know when not all of it was executed on a GPU; else None."""
+    on_cpu = [result for result in results if str(result["device"]).startswith("cpu")]
+    if not on_cpu:
+        return None
+    which = "These pages" if len(on_cpu) == len(results) else f"{len(on_cpu)} of {len(results)} chapters"
+    return f"{which} were executed on a CPU, in the profile {profile}: smaller data than a GPU would take."
+
+
+def stage(
+    layout: Layout, chapters: dict[str, Chapter], banner: bool = False
+) -> tuple[Path, list[str], list[str]]:
     """Fill ``stage/`` with all that jupyter-book needs; returns it, its documents and the chapters left out.
 
-    A chapter that has not been executed in this profile is left out, of ``_toc.yml`` too. Raises
-    ``BookError`` when no chapter has been executed, or a figure has no alt text.
+    A chapter that has not been executed in this profile is left out, of ``_toc.yml`` too. ``banner``: a book
+    that was executed on a CPU says so on every page. Raises ``BookError`` when no chapter has been executed,
+    or a figure has no alt text.
     """
     root, folder = layout.root, layout.folder("stage")
     shutil.rmtree(folder)
@@ -252,6 +272,8 @@ def stage(layout: Layout, chapters: dict[str, Chapter]) -> tuple[Path, list[str]
         notebook = readable(executed, result["parameters"], home.install if home else None)
         notebook = with_time(notebook, recorded.time_line(runs[chapter.name]))
         without_alt += [f"  {chapter.document}.md, {cell}" for cell in missing_alt(notebook)]
+        cite = citing.section(chapter, result, root, home.url if home else None)
+        notebook.cells.append(nbformat.v4.new_markdown_cell(cite, id="cite-this-chapter"))
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = with_links(cell.source, staged, missing)
@@ -270,7 +292,8 @@ def stage(layout: Layout, chapters: dict[str, Chapter]) -> tuple[Path, list[str]
     documents = [document for document in plan.toc_documents(toc) if document not in missing]
     toc_text = yaml.safe_dump(plan.restrict_toc(toc, set(documents)), sort_keys=False)
     (folder / "_toc.yml").write_text(toc_text, encoding="utf-8")
-    (folder / "_config.yml").write_text(config(root, home), encoding="utf-8")
+    announcement = cpu_banner([result for _, result in results], layout.profile) if banner else None
+    (folder / "_config.yml").write_text(config(root, home, announcement), encoding="utf-8")
     notebooks.write_notebooks(notebooks.make_notebooks(root, home), folder / NOTEBOOKS)
     parts = _parts(layout, chapters, runs, shown)
     for document in documents:

@@ -28,15 +28,15 @@ class BuildFailed(Exception):
     """The book was not built, or what was built is not complete."""
 
 
-def build_book(layout: Layout, chapters: dict[str, Chapter], stale: list[str]) -> Path:
+def build_book(layout: Layout, chapters: dict[str, Chapter], stale: list[str], banner: bool = False) -> Path:
     """Stage, build from nothing with warnings as errors, check, and put the site in ``html/``.
 
     Nothing is built when the staged pages, the packages and the site are those of the last build; an
     incremental build is never made, because it hides the warnings of pages it skips. Returns the index.
     Raises ``BookError`` for what the chapters lack and ``BuildFailed`` for the rest, which leaves the
-    site of the last good build in place.
+    site of the last good build in place. ``banner``: pages that were made on a CPU say so at the top.
     """
-    stage, documents, left_out = pages.stage(layout, chapters)
+    stage, documents, left_out = pages.stage(layout, chapters, banner)
     if left_out:
         print(f"book: without {', '.join(left_out)}, not yet run in profile {layout.profile}")
     if stale:

@@ -14,6 +14,9 @@ was executed and builds the book from it. A run leaves under ``build/<profile>/`
 A chapter whose source, parameters, companion and packages are unchanged is not run again. Exit status:
 0 done, 1 a chapter or the build failed, 2 something in the call is wrong, 130 interrupted.
 
+``--publish`` runs nothing: it builds the book for its readers from chapters that were executed before,
+perhaps on another machine, and refuses one that is missing or comes from another state of the project.
+
 ``--jobs 2`` runs two chapters side by side, each with half the cores. Small networks gain little from a
 second core, so the whole is done sooner, though each chapter by itself takes longer.
 """
@@ -98,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="chapters side by side (1)")
     parser.add_argument("--fresh", action="store_true", help="run chapters again even if nothing changed")
     parser.add_argument("--no-build", action="store_true", help="run chapters, do not build the book")
+    parser.add_argument("--publish", action="store_true", help="run nothing, build for readers what was run")
     parser.add_argument("--list", action="store_true", help="show chapters and parameters, run nothing")
     parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help=argparse.SUPPRESS)
     return parser
@@ -112,6 +116,13 @@ def _run(args: argparse.Namespace) -> None:
     values = plan.resolve(chapters, selected, profile, settings, args.data)
     if args.list:
         _list(selected, values, layout)
+        return
+    if args.publish:
+        if selected != list(chapters.values()) or settings or args.data or args.fresh or args.no_build:
+            raise BookError("--publish takes all chapters as the profile has them; give it --profile alone")
+        with _alone(layout):
+            _refuse_unpublishable(selected, values, layout)
+            build_book(layout, chapters, [], banner=True)
         return
     _share_the_cores(args.jobs)
     with _alone(layout):
@@ -132,6 +143,24 @@ def _run(args: argparse.Namespace) -> None:
             raise failure
         if not args.no_build:
             build_book(layout, chapters, _stale(chapters, selected, profile, layout))
+
+
+def _refuse_unpublishable(chapters: list[Chapter], values: dict[str, dict[str, Any]], layout: Layout) -> None:
+    """Raise ``BookError`` unless each chapter was executed as it stands, here or elsewhere at this commit."""
+    problems, head = [], pages.commit(layout.root)
+    for chapter in chapters:
+        result = pages.read_result(layout, chapter)
+        if result is None:
+            problems.append(f"{chapter.name}: not executed")
+            continue
+        here = is_current(chapter, values[chapter.name], layout)
+        same_commit = head is not None and result["commit"] == head and not head.endswith("+dirty")
+        if not here and not same_commit:
+            made_at = result["commit"] or "no commit"
+            problems.append(f"{chapter.name}: executed at {made_at}, this is {head}")
+    if problems:
+        told = "".join(f"\n  {line}" for line in problems)
+        raise BookError(f"not fit to publish in profile {layout.profile}; run the chapters first:{told}")
 
 
 def _say(selected: list[Chapter], chapter: Chapter, note: str) -> None:

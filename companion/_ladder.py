@@ -102,6 +102,7 @@ class Ends:
         return cls(energy, temperature, base_std, mean, std, batch, tuple(shape), like)
 
     def draw(self, generator: torch.Generator | None) -> Tensor:
+        """x_0 ~ N(mean, std^2 I), the start of every chain: ``(*stack, chains, *shape)``."""
         x = self.like.new_empty(*self.batch, *self.shape).normal_(generator=generator)
         return x * self.std + self.mean
 

@@ -19,6 +19,8 @@ import numpy as np
 
 __all__ = ["DataError", "Raw", "read_idx", "read_mnist", "read_npz"]
 
+_MAX_ARRAYS = 8 * 2**30  # bytes of one .npz unpacked: against archives made to fill the memory
+
 
 class DataError(ValueError):
     """Data that cannot be had or cannot be trusted; the message names the file and the remedy."""
@@ -85,7 +87,10 @@ def read_npz(path: Path) -> Raw:
             splits += ["validation"] * any(f"{kind}_validation" in archive for kind in "xy")
             keys = [f"{kind}_{split}" for split in splits for kind in "xy"]
             held, missing = archive.files, [key for key in keys if key not in archive]
+            _check_sizes(path, archive, [key for key in keys if key in archive])
             arrays = {key: archive[key] for key in keys if not missing}
+    except DataError:
+        raise
     except Exception as error:  # by the damage OSError, ValueError, BadZipFile, zlib.error, EOFError ...
         raise DataError(
             f"{path} cannot be read as a .npz of plain arrays ({error}). Pickled objects are never loaded; "
@@ -114,6 +119,34 @@ def read_npz(path: Path) -> Raw:
             "Renumber: numpy.unique(y, return_inverse=True)[1]."
         )
     return Raw(x, y, tuple(str(label) for label in present))
+
+
+def _check_sizes(path: Path, archive: np.lib.npyio.NpzFile, keys: list[str]) -> None:
+    """Refuse arrays that announce more than they hold, or that would fill the memory, before any is made.
+
+    A few kilobytes of zip can unpack to gigabytes, and numpy makes room for whatever shape a header names.
+    """
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    total, names = 0, set(archive.zip.namelist())
+    for key in keys:
+        member = archive.zip.getinfo(key if key in names else f"{key}.npy")
+        with archive.zip.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            if version not in readers:
+                raise ValueError(f"{key} is written in version {version} of the format")
+            shape, _, dtype = readers[version](file)
+        if dtype.hasobject:
+            raise ValueError(f"{key} holds objects")
+        size = math.prod(shape) * dtype.itemsize
+        if size > member.file_size:
+            raise DataError(
+                f"{path}: {key} announces {size} bytes and holds {member.file_size}. Write it anew."
+            )
+        total += size
+    if total > _MAX_ARRAYS:
+        raise DataError(
+            f"{path}: {total / 2**30:.1f} GiB of arrays, more than {_MAX_ARRAYS >> 30}. Give fewer."
+        )
 
 
 def _channels_first(x: np.ndarray, what: str) -> np.ndarray:

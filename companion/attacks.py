@@ -56,10 +56,12 @@ class AttackResult:
 
     @property
     def natural_accuracy(self) -> float:
+        """The share of the B images that are classified right before any attack, in [0, 1]."""
         return self.natural.double().mean().item()
 
     @property
     def robust_accuracy(self) -> float:
+        """The share of the B images that no iterate of the attack broke, in [0, 1]."""
         return 1 - self.broken.double().mean().item()
 
     @property

@@ -25,9 +25,8 @@ __all__ = [
     "graduate",
 ]
 
-#: birth(batch, generator) -> states ``(*batch, *shape)`` and, if a network made them, latents
-#: ``(*batch, z)``.
 Birth = Callable[[tuple[int, ...], torch.Generator | None], tuple[Tensor, Tensor | None]]
+"""birth(batch, generator): states ``(*batch, *shape)`` and a network's latents ``(*batch, z)``, or None."""
 
 
 def born_from_noise(
@@ -242,10 +241,12 @@ class LongRunBank:
 
     @property
     def birth(self) -> Birth:
+        """How the update bank's chains are born."""
         return self.update.birth
 
     @property
     def stack(self) -> tuple[int, ...]:
+        """Leading dimensions of both banks: ``(S,)`` for S models side by side, or ``()``."""
         return self.update.stack
 
     @property

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 __all__ = ["CheckpointError", "describe", "exists", "load", "save"]
 
+_DAMAGE = (AttributeError, IndexError, KeyError, TypeError, ValueError)  # of a header of another form
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be read or written, or belongs to another run."""
@@ -99,10 +101,13 @@ def load(
     remedy = f"Remove {folder} to start afresh, or choose another folder."
     try:
         header = json.loads(index.read_text(encoding="utf-8"))
-        tensors = load_file(index.with_name(header["tensors"]))
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        made_with, groups, update = header["settings"], header["groups"], int(header["update"])
+        tensors = load_file(index.with_name(header["tensors"]))  # a file of this folder, or ValueError
+        state = tensors["rng"]
+        if not isinstance(made_with, dict | None):
+            raise ValueError("its settings are no names with values")
+    except (*_DAMAGE, OSError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the checkpoint {index}: {error}. {remedy}") from error
-    made_with = header["settings"]
     if settings is not None and made_with is not None:
         other = [f"{k}={made_with.get(k)} (now {v})" for k, v in settings.items() if made_with.get(k) != v]
         if other:
@@ -119,12 +124,12 @@ def load(
             for key, value in part(name).items():
                 number, slot = key.split(".", 1)
                 slots.setdefault(int(number), {})[slot] = value
-            optimizer.load_state_dict({"state": slots, "param_groups": header["groups"][name]})
-    except (RuntimeError, ValueError, KeyError) as error:
+            optimizer.load_state_dict({"state": slots, "param_groups": groups[name]})
+        rng.set_state(state)
+    except (*_DAMAGE, RuntimeError) as error:
         raise CheckpointError(f"{index} does not fit this run: {error}. {remedy}") from error
-    rng.set_state(tensors["rng"])
     history = {k: list(v.to(device).unbind(0)) for k, v in part("history").items()}
-    return header["update"], history
+    return update, history
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

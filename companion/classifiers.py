@@ -86,6 +86,7 @@ class StackedConvNet(nn.Module):
                 conv.weight.mul_(math.sqrt(6))  # from a standard deviation of 1/sqrt(3 in) to sqrt(2/in)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits: ``(S, B, C, H, W)``, or ``(B, C, H, W)`` shown to all S models -> ``(S, B, classes)``."""
         channels, height, side = self.shape
         lead = (self.stack, x.shape[-4])
         x = x.expand(*lead, *x.shape[-3:])
@@ -129,7 +130,6 @@ class Recipe:
     average_rate: float = 0.5
 
 
-#: arm -> what its own numbers, behind rate and weight decay, mean: all that tells the arms apart.
 ARMS: dict[str, Callable[..., dict]] = {
     "erm": lambda: {},
     "erm_2x": lambda: {"repeats": 2},  # as many gradient evaluations as the perturbed arms
@@ -143,6 +143,7 @@ ARMS: dict[str, Callable[..., dict]] = {
     "random": lambda eps: {"rule": Random(eps)},
     "swa": lambda start, rate: {"average_from": start, "average_rate": rate},
 }
+"""arm -> what its own numbers, behind rate and weight decay, mean: all that tells the arms apart."""
 
 
 def recipe(arm: str, numbers: Sequence[float], epochs: int, batch: int = 50) -> Recipe:

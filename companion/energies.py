@@ -34,6 +34,7 @@ __all__ = [
 
 #: Any callable from a batch ``(B, *shape)`` to its energies ``(B,)``, in units of T.
 Energy = Callable[[Tensor], Tensor]
+"""Any callable from a batch ``(*batch, *shape)`` to ``(*batch,)``; p(x) is proportional to exp(-E(x)/T)."""
 
 
 def energy_and_gradient(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,6 +116,7 @@ class Analytic:
         return -self(x) - self.log_normaliser
 
     def check(self, x: Tensor) -> Tensor:
+        """x itself, ``(*batch, d)``; raises ``ValueError`` if its points do not lie in R^d."""
         if x.shape[-1] != self.dim:
             raise ValueError(
                 f"{type(self).__name__} lives on R^{self.dim}; got points of shape {tuple(x.shape)}"

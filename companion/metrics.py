@@ -69,9 +69,11 @@ class FeatureClassifier(nn.Module):
         initialise(self, generator)
 
     def features(self, x: Tensor) -> Tensor:
+        """Activations of the last hidden layer, in (-1, 1): ``(B, C, H, W)`` -> ``(B, features)``."""
         return self.penultimate(self.convs(x)).tanh()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits: ``(B, C, H, W)`` -> ``(B, classes)``."""
         return self.head(self.features(x))
 
     @torch.no_grad()

@@ -47,6 +47,7 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(_uniform((*lead, 1, outputs), bound, generator)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """x @ W + b: ``(*batch, in)``, or ``(S, *batch, in)`` for S layers -> the same with ``out`` last."""
         if self.bias is None:
             return x @ self.weight
         if x.ndim == 2:
@@ -64,6 +65,7 @@ class StackedBatchNorm(nn.Module):
         self.norm = nn.BatchNorm1d(channels * (stack or 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x normalised over the batch, a model at a time: ``(B, C)`` or ``(S, B, C)``, same shape out."""
         if x.ndim == 2:
             return self.norm(x)
         models, batch, channels = x.shape
@@ -104,6 +106,7 @@ class MLP(nn.Module):
                     parameter.mul_(gain)
 
     def forward(self, x: Tensor) -> Tensor:
+        """f(x): ``(*batch, in)``, or ``(S, *batch, in)`` for S models -> the same with ``out`` last."""
         return self.layers(x)
 
     def value_and_tangent(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,6 +174,7 @@ class MLPEnergy(nn.Module):
         self.net = MLP(sizes, stack, activation, last_bias=False, gain=gain, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
+        """E(x): ``(B, *shape)`` -> ``(B,)``, or ``(S, B, *shape)`` -> ``(S, B)`` with stacked weights."""
         return self.net(x.flatten(-len(self.shape))).squeeze(-1)
 
     def member(self, index: int) -> MLPEnergy:
@@ -230,6 +234,7 @@ class MLPGenerator(nn.Module):
         self.net = MLP(sizes, stack, nn.ReLU, batch_norm=True, generator=generator)
 
     def forward(self, z: Tensor) -> Tensor:
+        """G(z): ``(*batch, z)`` -> ``(*batch, *shape)`` in [-1, 1]."""
         return self.net(z).tanh().unflatten(-1, self.shape)
 
 
@@ -249,6 +254,7 @@ class PointGenerator(nn.Module):
         self.net = MLP((latent, *hidden, dim), stack, nn.ReLU, generator=generator)
 
     def forward(self, z: Tensor) -> Tensor:
+        """G(z): ``(*batch, z)`` -> ``(*batch, d)``."""
         return self.net(z)
 
 
@@ -278,6 +284,7 @@ class ConvEnergy(nn.Module):
         initialise(self, generator)
 
     def forward(self, x: Tensor) -> Tensor:
+        """E(x): ``(B, C, H, W)`` -> ``(B,)``."""
         for conv in self.convs:
             x = F.leaky_relu(conv(x), self.slope)
         return self.head(x.flatten(1)).squeeze(1)
@@ -329,6 +336,7 @@ class ResidualEnergy(nn.Module):
         initialise(self, generator)
 
     def forward(self, x: Tensor) -> Tensor:
+        """E(x): ``(B, C, H, W)`` -> ``(B,)``."""
         first, second, skip = self.stem
         x = F.avg_pool2d(second(F.relu(first(x))), 2) + skip(F.avg_pool2d(x, 2))
         first, second, skip = self.down
@@ -363,6 +371,7 @@ class ConvGenerator(nn.Module):
         initialise(self, generator)
 
     def forward(self, z: Tensor) -> Tensor:
+        """G(z): ``(B, z)`` -> ``(B, C, H, W)`` in [-1, 1]."""
         x = self.dense(z).unflatten(1, (self.width, 4, 4))
         for block in self.blocks:
             x = block(x)

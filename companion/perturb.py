@@ -228,17 +228,19 @@ class Adversarial(Optimizer):
         })  # fmt: skip
         self._perturbation()  # a radius below zero in a group is an error now, not at the first step
 
-    param_groups = property(lambda self: self.base.param_groups)
-    state = property(lambda self: self.base.state)
-    defaults = property(lambda self: self.base.defaults)
+    param_groups = property(lambda self: self.base.param_groups, doc="The base optimiser's groups.")
+    state = property(lambda self: self.base.state, doc="The base optimiser's state, by weight.")
+    defaults = property(lambda self: self.base.defaults, doc="What the base optimiser gives a new group.")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as the base optimiser does."""
         self.base.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Hand a further group of weights to the base optimiser; the rule perturbs it too."""
         self.base.add_param_group(param_group)
 
     def step(

@@ -39,6 +39,7 @@ class PlainResNet(nn.Module):
         self.head = nn.Linear(8 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits: ``(B, C, H, W)`` -> ``(B, classes)``."""
         x = self.stem(x)
         x = self.middle(x + self.first(x))
         x = x + self.second(x)

@@ -97,6 +97,7 @@ class GaussianBase(nn.Module):
         self.log_std = nn.Parameter(std.log().unsqueeze(-2).expand(size).clone())
 
     def forward(self, x: Tensor) -> Tensor:
+        """E(x): ``(*batch, d)``, or ``(S, *batch, d)`` with a stacked net -> the same without d."""
         return self.net(x) + 0.5 * ((x - self.mean) / self.log_std.exp()).square().sum(-1)
 
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:

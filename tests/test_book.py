@@ -58,9 +58,10 @@ def project(tmp_path):
         (book / "profiles").mkdir(parents=True, exist_ok=True)
         (tmp_path / "companion").mkdir(exist_ok=True)
         record = STUB if stub else (ROOT / "companion" / "record.py").read_text(encoding="utf-8")
-        (tmp_path / "companion" / "__init__.py").write_text('__version__ = "0.0"\n')
+        (tmp_path / "companion" / "__init__.py").write_text('__version__ = "1.2.3"\n')
         (tmp_path / "companion" / "record.py").write_text(record, encoding="utf-8")
         shutil.copy(ROOT / "_config.yml", tmp_path)
+        shutil.copy(ROOT / "CITATION.cff", tmp_path)
         shutil.copytree(ROOT / "book" / "_static", book / "_static", dirs_exist_ok=True)
         (book / "references.bib").touch()
         (book / "index.md").write_text("# Mini\n\nA book of $n$ chapters, made for its tests.\n")
@@ -246,6 +247,10 @@ def test_a_run_collects_builds_and_is_not_repeated(project, book):
         assert hidden not in (build / "html" / "_sources" / "book" / "first.ipynb").read_text()
     results = (build / "html" / "book" / "results.html").read_text()
     assert "5.0 ± 1.4" in results
+    words = " ".join(re.sub("<[^>]+>", "", page).split())
+    assert "Cite this chapter" in words and "@software{downhill-with-noise-first, " in words
+    assert "version = {1.2.3}" in words and "executed in the profile cpu}" in words
+    assert "executed on a CPU" not in words
 
     before = time.perf_counter()
     status, printed = book(root, "--set", "first.size=4")
@@ -278,6 +283,46 @@ def test_keys_follow_everything_that_a_result_depends_on(project):
     seen.append(key())
     assert len(set(seen)) == len(seen)
     assert {"torch", "papermill", "jupyter-book", "nbclient", "sphinx"} <= keys.package_versions().keys()
+
+
+def test_a_book_is_published_from_what_was_executed(project, book, monkeypatch):
+    root = project(
+        first=chapter("One", "\nSome words, so that the page is not empty.\n"), second=chapter("Two")
+    )
+    build, head = root / "build" / "cpu", "0" * 40
+    assert book(root, "--no-build", "--only", "first")[0] == 0
+    status, printed = book(root, "--publish")
+    assert status == 2
+    assert "not fit to publish in profile cpu" in printed and "second: not executed" in printed
+    assert "\n  first:" not in printed and not (build / "html").exists()
+    status, printed = book(root, "--publish", "--only", "first")
+    assert status == 2 and "--publish takes all chapters" in printed
+
+    # As from another machine: other packages, hence another key, but this very commit.
+    for name in ("first", "second"):
+        (build / "executed" / f"{name}.ipynb").write_bytes((build / "executed" / "first.ipynb").read_bytes())
+        values = {"chapter": name, "commit": head, "key": "elsewhere", "device": "NVIDIA A"}
+        (build / "results" / f"{name}.json").write_text(json.dumps(result(root, "first") | values))
+    for commit in (None, "1" * 40, f"{head}+dirty"):
+        monkeypatch.setattr(pages, "commit", lambda _, commit=commit: commit)
+        status, printed = book(root, "--publish")
+        assert status == 2 and f"second: executed at {head}, this is {commit}" in printed
+    monkeypatch.setattr(pages, "commit", lambda _: head)
+    status, printed = book(root, "--publish")
+    assert status == 0, printed
+    assert "book: 4 pages" in printed and "[1/2]" not in printed
+    assert json.loads((build / "results" / "first.json").read_text())["key"] == "elsewhere"  # not run again
+    banner = [{"device": "cpu (x)"}, {"device": "none"}]
+    assert pages.cpu_banner(banner, "cpu").startswith(
+        "1 of 2 chapters were executed on a CPU, in the profile"
+    )
+    assert pages.cpu_banner(banner[:1], "cpu").startswith("These pages were executed on a CPU")
+    assert pages.cpu_banner([{"device": "NVIDIA A"}], "gpu") is None
+    assert "executed on a CPU" not in (build / "html" / "book" / "first.html").read_text()
+
+    (build / "results" / "first.json").write_text(json.dumps(result(root, "first") | {"device": "cpu (x)"}))
+    assert book(root, "--publish")[0] == 0
+    assert "1 of 2 chapters were executed on a CPU" in (build / "html" / "book" / "second.html").read_text()
 
 
 # --- what goes wrong ------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from pathlib import Path
 import networkx as nx
 import numpy as np
 import pytest
-import scipy.sparse
 import torch
 
 from companion.data import DataError
@@ -362,23 +361,11 @@ def test_importing_the_package_costs_what_torch_costs():
 
 
 def planetoid(folder: Path, graph: nx.Graph) -> dict[str, str]:
-    """The eight raw files of a Planetoid release of ``graph``, at least 600 nodes; their sha256."""
-    n, folder = len(graph), folder
+    """The file of a Planetoid release that holds ``graph``; its sha256."""
     folder.mkdir(parents=True)
-    features, labels = scipy.sparse.csr_matrix(np.ones((n, 1))), np.eye(2)[np.arange(n) % 2]
-    held = {
-        "x": features[:20],
-        "y": labels[:20],
-        "allx": features[: n - 10],
-        "ally": labels[: n - 10],
-        "tx": features[n - 10 :],
-        "ty": labels[n - 10 :],
-        "graph": {node: list(graph[node]) for node in graph},
-    }
-    for what, content in held.items():
-        (folder / f"ind.citeseer.{what}").write_bytes(pickle.dumps(content))
-    (folder / "ind.citeseer.test.index").write_text("".join(f"{i}\n" for i in range(n - 10, n)))
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    path = folder / "ind.citeseer.graph"
+    path.write_bytes(pickle.dumps({node: list(graph[node]) for node in graph}))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def test_ego_small_through_planetoid(tmp_path, cache, monkeypatch, serve, capfd, recwarn):
@@ -399,9 +386,9 @@ def test_ego_small_through_planetoid(tmp_path, cache, monkeypatch, serve, capfd,
     # The second time without any host. A file that was cut short is noticed and named.
     monkeypatch.setattr(datasets, "_PLANETOID", (serve(),))
     assert len(load("ego-small").train) == 15
-    (cache / "Citeseer" / "raw" / "ind.citeseer.ty").write_bytes(b"short")
+    (cache / "Citeseer" / "raw" / "ind.citeseer.graph").write_bytes(b"short")
     with pytest.raises(
-        DataError, match=r"(?s)ind\.citeseer\.ty is not in the cache.*404.*it is damaged.*by hand"
+        DataError, match=r"(?s)ind\.citeseer\.graph is not in the cache.*404.*it is damaged.*by hand"
     ):
         load("ego-small")
 

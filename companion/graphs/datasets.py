@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from companion.data import DataError, cache_dir
+from companion.graphs._planetoid import read_edges
 from companion.graphs.batch import GraphBatch
 
 __all__ = ["GraphDataset", "ego_graphs", "erdos_renyi_like", "load", "two_blocks"]
@@ -48,18 +49,11 @@ _PLANETOID = (
     "https://github.com/kimiyoung/planetoid/raw/master/data/",
     "https://raw.githubusercontent.com/kimiyoung/planetoid/master/data/",
 )
-_CITESEER = {
-    "ind.citeseer.x": "d20de19150741e555de0ed037195630fc194114ebc7fd72ced62810148aa22f6",
-    "ind.citeseer.tx": "539a8906a2da97628d212f2fdd668c109a8b3f0d36574b59e5d3fd5b5303da21",
-    "ind.citeseer.allx": "2ac30345d95c9ec933a817ee0bdd6a5f077f8c184a20e696910192d534414668",
-    "ind.citeseer.y": "8ba87e515d8e3ee3cf52f6d2c5b86aa73f11ecad825a808455209ec26cd54924",
-    "ind.citeseer.ty": "55e5bd1ba1e733a04598753ad1a8d57957f4b8f89e74519f41f4f4938767e4ce",
-    "ind.citeseer.ally": "f704b2d986dde6c2669934de1f3ae5696a6cf9455c0f6b2646a2d135ea0a1c95",
-    "ind.citeseer.graph": "d79a4ef9d3e7169aee8946145f6b7306e35bc79bffad26346cfb94e10e9912a7",
-    "ind.citeseer.test.index": "2af990671580b6b2df5d158d1038f8292e30c9cd821b5453f399659b25b723d4",
-}
+# Of the release's eight files the one that holds the citations; the others are about the papers' words.
+_CITESEER = {"ind.citeseer.graph": "d79a4ef9d3e7169aee8946145f6b7306e35bc79bffad26346cfb94e10e9912a7"}
 _TUDATASETS = ("https://www.chrsmrrs.com/graphkerneldatasets/",)
 _ENZYMES_FILES = ("A", "graph_indicator", "graph_labels", "node_labels")
+_MAX_TEXT = 64 * 2**20  # bytes of one of them, unpacked; the largest has 2 MB
 # Of the graphs (_digest), not of the archive, which the host packs as it likes.
 _ENZYMES_SHA256 = "ab0c4fb466d6323358b4257e073e4305cf33a77123093857cc33e04b985bb088"
 
@@ -206,9 +200,12 @@ def _grid() -> tuple[GraphBatch, str]:
 
 def _ego_small() -> tuple[GraphBatch, str]:
     folder = cache_dir() / "Citeseer" / "raw"
-    files = [_fetch(folder, file, _PLANETOID, sha256) for file, sha256 in _CITESEER.items()]
-    with _processed("Planetoid", "Citeseer", files) as data:
-        batch = ego_graphs(data[0].edge_index, data[0].num_nodes)
+    (path,) = (_fetch(folder, file, _PLANETOID, sha256) for file, sha256 in _CITESEER.items())
+    try:
+        edges, n_nodes = read_edges(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path} is not Citeseer's graph: {error}. Delete it and load again.") from error
+    batch = ego_graphs(edges, n_nodes)
     return batch, "ego-small: Citeseer (Sen et al. 2008), Planetoid release, by the recipe of Niu et al. 2020"
 
 
@@ -221,11 +218,14 @@ def _enzymes() -> tuple[GraphBatch, str]:
         try:
             with zipfile.ZipFile(archive) as held:
                 for what in _ENZYMES_FILES:
+                    member = held.getinfo(f"ENZYMES/ENZYMES_{what}.txt")
+                    if member.file_size > _MAX_TEXT:
+                        raise zipfile.BadZipFile(f"{member.filename} unpacks to {member.file_size} bytes")
                     files.append(Path(unpacked, f"ENZYMES_{what}.txt"))
-                    files[-1].write_bytes(held.read(f"ENZYMES/ENZYMES_{what}.txt"))
+                    files[-1].write_bytes(held.read(member))
         except Exception as error:  # by the damage BadZipFile, KeyError, zlib.error, EOFError, OSError ...
             raise DataError(f"{archive} is not the archive of ENZYMES ({error}). {remedy}") from error
-        with _processed("TUDataset", "ENZYMES", files) as data:
+        with _processed("ENZYMES", files) as data:
             graphs = [_without_isolated(graph.edge_index) for graph in data]
     kept = [(edges, n) for edges, n in graphs if n >= 10]
     batch = GraphBatch.from_edges([edges for edges, _ in kept], [n for _, n in kept])
@@ -286,14 +286,14 @@ def _read_graph6(path: Path) -> GraphBatch:
 
 
 @contextlib.contextmanager
-def _processed(kind: str, name: str, files: Sequence[Path]) -> Iterator[Sequence]:
-    """torch_geometric's data set ``kind`` of raw ``files``, processed anew in a folder of its own.
+def _processed(name: str, files: Sequence[Path]) -> Iterator[Sequence]:
+    """torch_geometric's ``TUDataset`` of raw text ``files``, processed anew in a folder of its own.
 
     It keeps what it made of the raw files beside them, reads that without looking at the raw files again and
     stumbles over one that was cut short. A second's work is not worth that.
     """
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")  # pickles of 2016 and optional accelerators: nothing to act on
+        warnings.simplefilter("ignore")  # of optional accelerators: nothing to act on
         from torch_geometric import datasets
 
         with tempfile.TemporaryDirectory() as root:
@@ -301,7 +301,7 @@ def _processed(kind: str, name: str, files: Sequence[Path]) -> Iterator[Sequence
             raw.mkdir(parents=True)
             for file in files:
                 shutil.copyfile(file, raw / file.name)
-            yield getattr(datasets, kind)(root, name)
+            yield datasets.TUDataset(root, name)
 
 
 def _fetch(folder: Path, file: str, mirrors: Sequence[str], sha256: str | None) -> Path:

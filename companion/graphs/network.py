@@ -321,6 +321,7 @@ class GraphEnergy(_Graphs):
         self.node_head = _head(layers * node_width, hidden, generator)
 
     def forward(self, a: Tensor, sigma: Tensor | float, mask: Tensor | None = None) -> Tensor:
+        """E: a ``(B, P)``, sigma ``(B,)`` or a number, mask ``(B, N)`` bool or None -> ``(B,)``."""
         a, sigma, real = self._prepare(a, sigma, mask)
         pairs, nodes = self.trunk(a, sigma, real)
         pair, node = self.head(pairs)[0], self.node_head(nodes)[0]  # (B, P), (B, N)
@@ -360,6 +361,7 @@ class GraphCritic(_Graphs):
             self.log_variance.requires_grad_(False)
 
     def forward(self, a: Tensor, sigma: Tensor | float, mask: Tensor | None = None) -> Tensor:
+        """f: a ``(B, P)``, sigma ``(B,)`` or a number, mask ``(B, N)`` bool or None -> ``(B, P)``."""
         a, sigma, real = self._prepare(a, sigma, mask)
         pairs, _ = self.trunk(a, sigma, real)
         f = self.head(pairs)[0]

@@ -80,6 +80,7 @@ class Pool:
 
     @property
     def max_nodes(self) -> int:
+        """N, the number of nodes of the largest graph."""
         return self.sizes[-1]
 
     def draw(self, batch: int, rng: torch.Generator) -> Tensor:
