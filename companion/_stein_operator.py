@@ -22,8 +22,8 @@ from companion.energies import Energy
 
 __all__ = ["Critic", "SteinTerms", "matrix_score", "optimal_critic", "probe", "stein_operator", "stein_terms"]
 
+#: A field of vectors: a batch ``(*batch, d)`` -> ``(*batch, d)``.
 Critic = Callable[[Tensor], Tensor]
-"""f: points ``(*batch, d)`` -> vectors ``(*batch, d)``, differentiable in the points."""
 
 _CHUNK = 64  # basis vectors that go through a closed-form tangent at once
 

@@ -163,5 +163,5 @@ class Random(_Rule):
         return _scaled(noise, length / norm, stacked)
 
 
+#: Any of the four ways to choose Delta.
 Rule = AMP | SAM | ASAM | Random
-"""How weights are perturbed: any of the four rules."""
