@@ -24,7 +24,6 @@ __all__ = ["Critic", "SteinTerms", "matrix_score", "optimal_critic", "probe", "s
 
 #: A field of vectors: a batch ``(*batch, d)`` -> ``(*batch, d)``.
 Critic = Callable[[Tensor], Tensor]
-"""f: points ``(*batch, d)`` -> vectors ``(*batch, d)``, differentiable in the points."""
 
 _CHUNK = 64  # basis vectors that go through a closed-form tangent at once
 

@@ -23,8 +23,8 @@ from companion._readers import DataError, Raw
 
 __all__ = ["TAR_SUFFIXES", "read_cifar", "read_images"]
 
+#: How a file's name ends that is read as a tar.
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
-"""How a file's name ends that is read as a tar."""
 _SPLITS = {"train": "train", "test": "test", "validation": "validation", "val": "validation"}
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp")
 _IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")  # what Pillow may try, whatever the suffix claims

@@ -166,4 +166,3 @@ class Random(_Rule):
 
 #: Any of the four ways to choose Delta.
 Rule = AMP | SAM | ASAM | Random
-"""How weights are perturbed: any of the four rules."""

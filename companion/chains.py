@@ -25,8 +25,9 @@ __all__ = [
     "graduate",
 ]
 
+#: birth(batch, generator) -> states ``(*batch, *shape)`` and, if a network made them, latents
+#: ``(*batch, z)``.
 Birth = Callable[[tuple[int, ...], torch.Generator | None], tuple[Tensor, Tensor | None]]
-"""birth(batch, generator): states ``(*batch, *shape)`` and a network's latents ``(*batch, z)``, or None."""
 
 
 def born_from_noise(

@@ -130,6 +130,7 @@ class Recipe:
     average_rate: float = 0.5
 
 
+#: arm -> what its own numbers, behind rate and weight decay, mean: all that tells the arms apart.
 ARMS: dict[str, Callable[..., dict]] = {
     "erm": lambda: {},
     "erm_2x": lambda: {"repeats": 2},  # as many gradient evaluations as the perturbed arms
@@ -143,7 +144,6 @@ ARMS: dict[str, Callable[..., dict]] = {
     "random": lambda eps: {"rule": Random(eps)},
     "swa": lambda start, rate: {"average_from": start, "average_rate": rate},
 }
-"""arm -> what its own numbers, behind rate and weight decay, mean: all that tells the arms apart."""
 
 
 def recipe(arm: str, numbers: Sequence[float], epochs: int, batch: int = 50) -> Recipe:

@@ -69,16 +69,14 @@ def _drift(low: float, high: float) -> Band:
     )  # fmt: skip
 
 
+#: regime -> gauge -> band, of means over 50 updates or more. Short-run training tolerates descent and a slow
+#: start, the others do not. Set on digits: healthy runs of each regime stay inside over several seeds, each
+#: failure of the chapter on failing trainings leaves at least one.
 BANDS: dict[str, dict[str, Band]] = {
     "short": {"rho": _drift(0.01, 5.0), "separation": _separation(6.0), "diversity": _DIVERSITY},
     "mid": {"rho": _drift(0.01, 1.0), "separation": _separation(3.0), "diversity": _DIVERSITY},
     "long": {"rho": _drift(0.02, 0.8), "separation": _separation(3.0), "diversity": _DIVERSITY},
 }
-"""regime -> gauge -> band, of means over 50 updates or more.
-
-Short-run training tolerates descent and a slow start, the others do not. Set on digits: healthy runs of each
-regime stay inside over several seeds, each failure of the chapter on failing trainings leaves at least one.
-"""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,6 @@ __all__ = [
 
 #: Any callable from a batch ``(B, *shape)`` to its energies ``(B,)``, in units of T.
 Energy = Callable[[Tensor], Tensor]
-"""Any callable from a batch ``(*batch, *shape)`` to ``(*batch,)``; p(x) is proportional to exp(-E(x)/T)."""
 
 
 def energy_and_gradient(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:

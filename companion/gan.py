@@ -39,11 +39,11 @@ __all__ = [
     "train",
 ]
 
+#: name -> (critic's loss from D on data and on fakes, a value a sample), each averaged over the batch.
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "wasserstein": lambda real, fake: fake.mean(-1) - real.mean(-1),
     "hinge": lambda real, fake: F.relu(1 - real).mean(-1) + F.relu(1 + fake).mean(-1),
 }
-"""name -> the critic's loss from D on data and on fakes, a value a sample, averaged over the batch."""
 
 
 @dataclass

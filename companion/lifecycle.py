@@ -20,8 +20,8 @@ from companion.networks import ConvEnergy, ConvGenerator, MLPEnergy, MLPGenerato
 
 __all__ = ["ARMS", "Corrected", "long_run", "mid_run", "quality_over_steps", "short_run"]
 
+#: arm -> (does a generator give birth?, probability of rejuvenation): all that tells the arms apart.
 ARMS = {"bank": (True, 0.5), "no_bank": (True, 1.0), "noise_birth": (False, 1.0)}
-"""arm -> (does a generator give birth?, probability of rejuvenation): all that tells the arms apart."""
 
 
 Factory = Callable[[tuple[int, int, int], int, int, int | None, torch.Generator], nn.Module]

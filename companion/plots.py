@@ -31,8 +31,8 @@ __all__ = [
     "use_style",
 ]
 
+#: Okabe & Ito 2008: blue, vermilion, green, orange, sky, purple, black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000")
-"""Okabe & Ito 2008, told apart with any colour vision: blue, vermilion, green, orange, sky, purple, black."""
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import itertools
 import pkgutil
 import types
 
@@ -41,12 +42,14 @@ def own_docstring(cls):
 
 
 def described_values(module):
-    """Names assigned at the top of a module with a string after the assignment, as Sphinx reads it."""
-    body = ast.parse(inspect.getsource(module)).body
-    for node, after in zip(body, body[1:], strict=False):
-        text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and after.value.value
-        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(text, str) and says(text):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    """Names assigned at the top of a module under a comment that begins with ``#:``, as Sphinx reads it."""
+    source = inspect.getsource(module)
+    lines = source.splitlines()
+    for node in ast.parse(source).body:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        above = itertools.takewhile(lambda line: line.startswith("#:"), lines[node.lineno - 2 :: -1])
+        text = " ".join(line[2:] for line in above)
+        if isinstance(node, ast.Assign | ast.AnnAssign) and says(text):
             yield from (target.id for target in targets if isinstance(target, ast.Name))
 
 
@@ -79,8 +82,9 @@ def test_what_says_nothing_is_found(monkeypatch):
     source = (
         '"""A module that says something."""\n'
         "from dataclasses import dataclass\n"
-        "__all__ = ['Auto', 'Child', 'LIMIT', 'bare', 'told']\n"
-        "LIMIT = 3\n"
+        "__all__ = ['Auto', 'Child', 'LIMIT', 'SIZE', 'bare', 'told']\n"
+        "LIMIT = 3  # of something\n"
+        "#: How large it is.\nSIZE = 3\n"
         "def bare(): ...\n"
         "def told():\n    'It says what it does.'\n"
         "@dataclass\nclass Auto:\n    x: int\n"

@@ -28,7 +28,6 @@ __all__ = ["ORBITS", "orbit_counts"]
 
 #: How many places there are in connected graphs of two to four nodes.
 ORBITS = 15
-"""The number of orbits of nodes in connected graphs of at most four nodes."""
 _CELLS = 1 << 23  # entries of the largest work array at a time, to bound memory
 
 
