@@ -203,7 +203,7 @@ def test_buttons_give_the_generated_notebooks(site):
         assert not re.search(r"\{[\w:.+-]+\}`|^[> ]*(```+|:::+)\s*\{", text, flags=re.MULTILINE)
         if chapters == notebooks.keys():  # with chapters left out, the pages count differently
             for kind, pattern in (
-                ("Exercise", r"Exercise ([\d.]+)"),
+                ("Exercise", r'caption-number">Exercise ([\d.]+)'),
                 ("equation", r'class="eqno">\(([\d.]+)\)'),
             ):
                 shown = set(re.findall(pattern, pages[name]))
