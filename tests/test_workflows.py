@@ -180,8 +180,7 @@ def test_make_knows_what_to_do(words):
     done = subprocess.run(f"{words} --dry-run", shell=True, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and ".venv/bin" in done.stdout, done.stderr
     for script in re.findall(r"\.venv/bin/python (\S+\.py)", done.stdout):
-        if script != "book/notebooks.py":
-            assert (ROOT / script).is_file()
+        assert (ROOT / script).is_file()
 
 
 def test_no_line_of_a_step_takes_text_from_outside():
