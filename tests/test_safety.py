@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import re
 import sys
 import tarfile
 import zipfile
@@ -182,7 +183,7 @@ def test_a_planetoid_graph_is_read_without_unpickling(protocol):
         Boom(), {0: [Boom()]}, {0: Boom()}, {"a": [1]}, {0: 1}, {0: ["a"]}, {0: [[1]]}, [1], 1, None,
         {0: (1,)}, defaultdict(Boom, {0: [1]}), {0: [1.5]}, os.system, {0: {1: [2]}},
     ],
-    ids=str,
+    ids=lambda held: re.sub(r" at 0x\w+", "", str(held)),
 )  # fmt: skip
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_any_other_pickle_is_refused(held, protocol):
