@@ -19,6 +19,7 @@ import pages  # noqa: E402
 import plan  # noqa: E402
 import recorded  # noqa: E402
 import reference  # noqa: E402
+import signatures  # noqa: E402
 from parameters import BookError  # noqa: E402
 
 CHAPTERS = plan.load_chapters(ROOT)
@@ -233,6 +234,14 @@ def test_every_public_module_is_in_a_room():
         assert reference.public_names(ROOT, module), f"{module} has no __all__"
     table = "\n".join(reference.room_table(ROOT))
     assert all(f"[`companion.{room}`]({room}.md)" in table for room in rooms)
+
+
+def test_a_source_page_leads_back_to_the_module_that_defines_a_name():
+    assert signatures.source_of(None, "companion.likelihood", "CheckpointError") == "companion.likelihood"
+    assert signatures.source_of(None, "companion.checkpoint", "CheckpointError") is None
+    # From a private module: as viewcode does it.
+    assert signatures.source_of(None, "companion.stein", "ksd_squared") is None
+    assert signatures.source_of(None, "companion.chains", "Bank.draw") is None
 
 
 def test_rooms_become_sections_of_the_index():
