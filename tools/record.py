@@ -1,7 +1,7 @@
 """Keep a profile's measured figures in git: ``python tools/record.py [--profile cpu]`` after a run.
 
 Writes ``results/<profile>-<device>.json`` from ``build/<profile>/results/``, copies the README's picture from
-the executed chapter, and renews the README's chapter table from those figures, so that no number in it is
+the executed chapter, and renews the README's chapter table from all kept figures, so that no number in it is
 typed. Chapters that were not run again keep the figures that the file already holds, each with the commit it
 was made at. Refuses figures that were made from uncommitted code.
 """
@@ -20,7 +20,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "book"))
 
 import recorded  # noqa: E402
-from recorded import Run  # noqa: E402
 
 __all__ = ["chapter_table", "main", "renewed"]
 
@@ -28,14 +27,21 @@ PICTURE = ("short-run-1.png", "book/_static/short-run.png")
 BEGIN, END = "<!-- chapters: written by tools/record.py -->", "<!-- end of chapters -->"
 
 
-def chapter_table(root: Path, record: dict) -> str:
-    """The README's table of chapters and the minutes that they took, from front matter and ``record``."""
-    runs = {name: [Run(name, record["profile"], row)] for name, row in record["chapters"].items()}
-    results = record["chapters"].values()
-    minutes = sum(result["seconds"] for result in results) / 60
-    torch = ", ".join(sorted({result["versions"]["torch"] for result in results}))
-    total = f"Together {minutes:.1f} minutes in the `{record['profile']}` profile (torch {torch})."
+def chapter_table(root: Path) -> str:
+    """The README's table: what ``results/`` has of the ``cpu`` profile: devices and minutes."""
+    found = recorded.runs(root, _in_order(root), "", {})
+    runs = {name: [run for run in own if run.profile == "cpu"] for name, own in found.items()}
+    runs = {name: own for name, own in runs.items() if own}
+    every = [run for own in runs.values() for run in own]
+    torch = ", ".join(sorted({run.result["versions"]["torch"] for run in every}))
+    minutes = sum(min(run.minutes for run in own) for own in runs.values())
+    total = f"Together {minutes:.1f} minutes in the `cpu` profile (torch {torch})."
     return "\n".join([*recorded.chapter_table(root, runs, "book/{}.md"), "", total])
+
+
+def _in_order(root: Path) -> list[str]:
+    """The names of the book's pages as they follow each other."""
+    return re.findall(r"file: book/([\w-]+)", (root / "_toc.yml").read_text(encoding="utf-8"))
 
 
 def renewed(readme: str, table: str) -> str:
@@ -54,9 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     root, build = args.root, args.root / "build" / args.profile
-    toc = (root / "_toc.yml").read_text(encoding="utf-8")
     results = {}
-    for name in re.findall(r"file: book/([\w-]+)", toc):
+    for name in _in_order(root):
         path = build / "results" / f"{name}.json"
         if path.exists():
             results[name] = json.loads(path.read_text(encoding="utf-8"))
@@ -69,9 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     target = root / "results" / f"{args.profile}-{device}.json"
     if target.exists():
         kept = json.loads(target.read_text(encoding="utf-8"))["chapters"]
-        names = re.findall(r"file: book/([\w-]+)", toc)
         both = kept | results
-        results = {name: both[name] for name in names if name in both}
+        results = {name: both[name] for name in _in_order(root) if name in both}
     record = {
         "command": f"python book/run.py --profile {args.profile}",
         "profile": args.profile,
@@ -87,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         if (build / "figures" / PICTURE[0]).exists():
             shutil.copy(build / "figures" / PICTURE[0], root / PICTURE[1])
         readme = root / "README.md"
-        _replace(readme, renewed(readme.read_text(encoding="utf-8"), chapter_table(root, record)))
+        _replace(readme, renewed(readme.read_text(encoding="utf-8"), chapter_table(root)))
         print(f"renewed README.md and {PICTURE[1]}")
     return 0
 
