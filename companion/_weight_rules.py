@@ -79,10 +79,8 @@ class AMP(_Rule):
         stacked: bool = False,
         generator: torch.Generator | None = None,
     ) -> list[Tensor]:
-        up, scale = (
-            grads,
-            self.lr,
-        )  # from Delta = 0 the scale goes into the factor: a pass less over the weights
+        # From Delta = 0 the scale goes into the factor: a pass less over the weights.
+        up, scale = grads, self.lr
         if delta is not None:
             up, scale = torch._foreach_add(torch._foreach_mul(grads, self.lr), delta), 1.0
         apart = self.ball == "per_tensor"
