@@ -92,7 +92,10 @@ def _literal(value: Any) -> str:
 
 
 def agree(default: Any, value: Any, where: str) -> Any:
-    """``value`` in the type of ``default``; an int may stand for a float. Raises ``BookError``."""
+    """``value`` in the type of ``default``; an int may stand for a float. Raises ``BookError``.
+
+    A list's elements are of the types of the default's, one by one; where there are more, of the first's.
+    """
     match default:
         case None:
             return value
@@ -109,7 +112,8 @@ def agree(default: Any, value: Any, where: str) -> Any:
         case list() | tuple():
             right = isinstance(value, (list, tuple))
             if right and default:
-                value = [agree(default[0], v, f"{where}, element {i}") for i, v in enumerate(value)]
+                types = [*default, *[default[0]] * len(value)]
+                value = [agree(types[i], v, f"{where}, element {i}") for i, v in enumerate(value)]
         case _:
             right = isinstance(value, type(default))
     if not right:

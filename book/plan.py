@@ -41,14 +41,19 @@ GENERATED = ("book/results",)  # entries of _toc.yml that the runner writes itse
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things lie: the project's root and the folders of one profile under ``build/``."""
+    """Where things lie: the project's root and the folders of one profile under ``build/``.
+
+    Of several processes that run a chapter together, those behind the first have a folder of their own.
+    """
 
     root: Path
     profile: str
+    rank: int = 0
 
     @property
     def build(self) -> Path:
-        return self.root / "build" / self.profile
+        build = self.root / "build" / self.profile
+        return build / f"rank-{self.rank}" if self.rank else build
 
     def folder(self, name: str) -> Path:
         """``build/<profile>/<name>``, made if it is missing."""
@@ -71,6 +76,11 @@ class Chapter:
     text: str
     notebook: NotebookNode
     parameters: dict[str, Parameter]
+
+    @property
+    def distributed(self) -> bool:
+        """Whether several processes can share its training: ``distributed: true`` in its front matter."""
+        return bool(self.notebook.metadata.get("distributed", False))
 
     @property
     def title(self) -> str:

@@ -17,6 +17,9 @@ A chapter whose source, parameters, companion and packages are unchanged is not 
 ``--publish`` runs nothing: it builds the book for its readers from chapters that were executed before,
 perhaps on another machine, and refuses one that is missing or comes from another state of the project.
 
+Under ``torchrun`` every process runs the chapters named by ``--only`` together with the others, training one
+model between them (``companion.distributed``); the first keeps the results and builds the book.
+
 ``--jobs 2`` runs two chapters side by side, each with half the cores. Small networks gain little from a
 second core, so the whole is done sooner, though each chapter by itself takes longer.
 """
@@ -108,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
-    layout = Layout(args.root.resolve(), args.profile)
+    rank, size = _place()
+    layout = Layout(args.root.resolve(), args.profile, rank)
     chapters = plan.load_chapters(layout.root)
     profile = plan.load_profile(layout.root, args.profile, chapters)
     selected = plan.select(chapters, args.only)
@@ -124,9 +128,12 @@ def _run(args: argparse.Namespace) -> None:
             _refuse_unpublishable(selected, values, layout)
             build_book(layout, chapters, [], banner=True)
         return
-    _share_the_cores(args.jobs)
+    if size > 1:
+        _refuse_undivided(selected, args)
+    _share_the_cores(args.jobs * size)
     with _alone(layout):
-        due = [c for c in selected if args.fresh or not is_current(c, values[c.name], layout)]
+        # All of several processes, or none: one that found its part done would leave the others waiting.
+        due = [c for c in selected if args.fresh or size > 1 or not is_current(c, values[c.name], layout)]
         for chapter in selected:
             if chapter not in due:
                 _say(selected, chapter, "unchanged, not run again")
@@ -141,8 +148,29 @@ def _run(args: argparse.Namespace) -> None:
                     _say(selected, chapter, f"{seconds:.1f} s, peak memory {memory:.0f} MB")
         if failure is not None:
             raise failure
-        if not args.no_build:
+        if not args.no_build and rank == 0:
             build_book(layout, chapters, _stale(chapters, selected, profile, layout))
+
+
+def _place() -> tuple[int, int]:
+    """This process's rank, and how many ``torchrun`` started: (0, 1) without it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def _refuse_undivided(chapters: list[Chapter], args: argparse.Namespace) -> None:
+    """Raise ``BookError`` for what several processes cannot do together."""
+    alone = [c.name for c in chapters if not c.distributed]
+    if alone:
+        raise BookError(
+            f"{', '.join(alone)}: several processes have nothing to share there; run "
+            f"{'it' if len(alone) == 1 else 'them'} without torchrun"
+        )
+    if args.jobs > 1:
+        raise BookError(
+            "--jobs runs chapters side by side, torchrun one chapter on all processes: choose one"
+        )
 
 
 def _refuse_unpublishable(chapters: list[Chapter], values: dict[str, dict[str, Any]], layout: Layout) -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from companion.distributed import Team
+
 __all__ = [
     "Bank",
     "Birth",
@@ -185,6 +187,25 @@ class Bank:
                 raise ValueError(f"bank state {name!r} is {found}, this bank needs {tuple(tensor.shape)}")
             getattr(self, name).copy_(state[name])
 
+    def deal(self, team: Team) -> None:
+        """Keep every ``size``-th chain, from the process's rank on: the bank is dealt out to the team.
+
+        Raises ``ValueError`` if it cannot be dealt out evenly.
+        """
+        share = team.share(self.size, "a bank of")
+        along = len(self.stack)
+        for name, tensor in self.state_dict().items():
+            setattr(
+                self, name, tensor.unflatten(along, (share, team.size)).select(along + 1, team.rank).clone()
+            )
+        self.size = share
+
+    def collect(self, team: Team) -> None:
+        """Undo ``deal``: every process holds all chains, each as the process that had it left it."""
+        for name, tensor in self.state_dict().items():
+            setattr(self, name, team.gather(tensor, len(self.stack)))
+        self.size *= team.size
+
     def _at(self, index: Tensor) -> tuple[Tensor, ...]:
         if not self.stack:
             return (index,)
@@ -281,6 +302,16 @@ class LongRunBank:
         self.burn_in.put(drawn, drawn.x, steps)
         moved = graduate(self.burn_in, drawn, self.update, slots, self.visits, generator)
         return {"graduated": moved.sum(-1).float()}
+
+    def deal(self, team: Team) -> None:
+        """Deal out both banks to the team, as ``Bank.deal`` does with one."""
+        for bank in (self.update, self.burn_in):
+            bank.deal(team)
+
+    def collect(self, team: Team) -> None:
+        """Undo ``deal`` for both banks, as ``Bank.collect``."""
+        for bank in (self.update, self.burn_in):
+            bank.collect(team)
 
     def report(self) -> dict[str, float]:
         """Ages and visits of the update bank, and under ``burn_in_...`` those of the other."""

@@ -3,12 +3,16 @@
 A checkpoint is a folder with one safetensors file (everything that is a tensor) and ``checkpoint.json``,
 which names it and is renamed into place last: a process killed at any moment, or a full disk, leaves the
 previous checkpoint whole. Every training loop of the package saves and resumes through these functions.
+
+A team of processes (``companion.distributed``) writes such a folder each, below one for the update, and then
+a ``checkpoint.json`` above them: only an update that all of them have saved can be resumed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from companion.distributed import Team
 
 __all__ = ["CheckpointError", "describe", "exists", "load", "save"]
 
@@ -46,14 +52,19 @@ def save(
     rng: torch.Generator,
     history: Mapping[str, list[Tensor]],
     settings: dict | None = None,
+    team: Team | None = None,
 ) -> Path:
     """Write a run's whole state after ``update`` updates; returns the path of ``checkpoint.json``.
+
+    Each process of a ``team`` calls it, and all of them wait for the last one.
 
     ``parts`` are things with a ``state_dict`` of tensors (networks, banks), by name; ``history`` holds one
     tensor an update and gauge. ``settings`` must be plain JSON. Raises ``CheckpointError`` if it cannot
     write; the previous checkpoint is then untouched.
     """
     folder = Path(folder)
+    if team is not None:
+        return _save_together(folder, update, parts, optimizers, rng, history, settings, team)
     tensors = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
     tensors |= {f"history.{k}": torch.stack(v) for k, v in history.items()}
     tensors["rng"] = rng.get_state()
@@ -91,13 +102,15 @@ def load(
     rng: torch.Generator,
     device: torch.device,
     settings: dict | None = None,
+    team: Team | None = None,
 ) -> tuple[int, dict[str, list[Tensor]]]:
     """Restore parts, optimisers and generator (built as before) bit for bit; returns (update, history).
 
-    Raises ``CheckpointError`` if the files are missing or damaged, were made with other ``settings``, or do
-    not fit.
+    Raises ``CheckpointError`` if the files are missing or damaged, were made with other ``settings`` or by
+    another number of processes, or do not fit.
     """
-    index = Path(folder) / "checkpoint.json"
+    folder = _of_this_process(Path(folder), team)
+    index = folder / "checkpoint.json"
     remedy = f"Remove {folder} to start afresh, or choose another folder."
     try:
         header = json.loads(index.read_text(encoding="utf-8"))
@@ -130,6 +143,64 @@ def load(
         raise CheckpointError(f"{index} does not fit this run: {error}. {remedy}") from error
     history = {k: list(v.to(device).unbind(0)) for k, v in part("history").items()}
     return update, history
+
+
+def _save_together(
+    folder: Path,
+    update: int,
+    parts: Mapping[str, Any],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    rng: torch.Generator,
+    history: Mapping[str, list[Tensor]],
+    settings: dict | None,
+    team: Team,
+) -> Path:
+    """All write their own; when the last one has, rank 0 says so; then the one before goes."""
+    index, shared = folder / "checkpoint.json", folder / f"update-{update:07d}"
+    header = {"update": update, "processes": team.size, "folder": shared.name}
+    problem: Exception | None = None
+    try:
+        save(shared / f"rank-{team.rank}", update, parts, optimizers, rng, history, settings)
+    except CheckpointError as error:
+        problem = error
+    if team.agree(problem is None) and team.rank == 0:
+        try:
+            _replace(index, lambda path: path.write_text(json.dumps(header, indent=1), encoding="utf-8"))
+        except OSError as error:
+            problem = CheckpointError(
+                f"could not write {index}: {error}. The previous checkpoint is untouched."
+            )
+    if not team.agree(problem is None):
+        raise problem or CheckpointError(
+            f"another process could not write its part of the checkpoint of update {update} to {folder}; the "
+            "previous checkpoint is untouched. Its own message says why."
+        )
+    if team.rank == 0:
+        for old in folder.glob("update-*"):
+            if old != shared:
+                shutil.rmtree(old, ignore_errors=True)
+    return index
+
+
+def _of_this_process(folder: Path, team: Team | None) -> Path:
+    """The folder with this process's part; ``CheckpointError`` if another number of processes wrote it."""
+    index, count = folder / "checkpoint.json", 1 if team is None else team.size
+    try:
+        header = json.loads(index.read_text(encoding="utf-8"))
+        written_by = int(header.get("processes", 1))
+        inner = Path(str(header.get("folder", ""))).name  # a name below this folder, whatever the file says
+    except (*_DAMAGE, OSError, RecursionError) as error:
+        raise CheckpointError(
+            f"cannot read the checkpoint {index}: {error}. Remove {folder} to start afresh, or choose "
+            "another folder."
+        ) from error
+    if written_by != count:
+        raise CheckpointError(
+            f"{index} was written by {written_by} process{'es' * (written_by > 1)}, this job has {count}: "
+            f"start {written_by} (torchrun --nproc-per-node {written_by} on one node), remove {folder} to "
+            "start afresh, or choose another folder."
+        )
+    return folder if team is None else folder / inner / f"rank-{team.rank}"
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

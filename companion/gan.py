@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from companion import checkpoint as checkpoints
+from companion.distributed import Team, mean_of
 
 __all__ = [
     "LOSSES",
@@ -63,6 +64,7 @@ class GANRun:
     decay: float = 0.0
     update: int = 0
     history: dict[str, list[Tensor]] = field(default_factory=dict)
+    team: Team | None = None  #: while the pair is trained by several processes together
 
     def gauge(self, name: str) -> Tensor:
         """One gauge over the updates so far, ``(updates,)`` or ``(updates, S)``."""
@@ -183,12 +185,18 @@ def critic_step(
     fake: Tensor,
     *,
     generator: torch.Generator | None = None,
+    team: Team | None = None,
     **loss: float | str | None,
 ) -> dict[str, Tensor]:
-    """One step of the critic on data and (detached) fakes; options and gauges as in ``critic_loss``."""
+    """One step of the critic on data and (detached) fakes; options and gauges as in ``critic_loss``.
+
+    With a ``team`` the step is along the mean of its processes' gradients.
+    """
     total, gauges = critic_loss(critic, real, fake.detach(), generator=generator, **loss)
     optimizer.zero_grad(set_to_none=True)
     total.sum().backward()  # stacked pairs are independent: the sum's gradient is each one's own
+    if team is not None:  # by hand: DDP does not know the penalty's second way back
+        team.average_gradients(critic)
     optimizer.step()
     return gauges | {"critic": total.detach()}
 
@@ -200,6 +208,8 @@ def generator_step(run: GANRun, batch: int) -> dict[str, Tensor]:
         loss = -run.critic(run.network(run.latents(batch))).mean(-1)
         run.network_optimizer.zero_grad(set_to_none=True)
         loss.sum().backward()
+        if run.team is not None:
+            run.team.average_gradients(run.network)
         run.network_optimizer.step()
     finally:
         run.critic.requires_grad_(True)
@@ -224,6 +234,7 @@ def train(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 500,
     progress: bool | None = None,
+    team: Team | None = None,
     **loss: float | str | None,
 ) -> GANRun:
     """Bring ``run`` to ``updates`` updates on ``data`` ``(N, *shape)``; returns it.
@@ -233,6 +244,10 @@ def train(
     ``critic_loss``. ``schedule`` maps the share of training done, in [0, 1), to a factor on both rates. With
     ``checkpoint`` (a folder) the state is saved every ``checkpoint_every`` updates and at the end, and
     training resumes from what it finds there with the same numbers as if it had never stopped.
+
+    The processes of a ``team`` (``companion.distributed.team``, under ``torchrun``) train this one pair
+    together: ``batch`` and ``penalty_batch`` are divided among them. Batch normalisation, and spectral
+    normalisation's power iteration, are each process's own; rank 0's are kept.
 
     Raises ``FloatingPointError`` with the update when a gauge is not finite, ``CheckpointError`` for a
     checkpoint of another run, ``ValueError`` as ``critic_loss``.
@@ -245,14 +260,22 @@ def train(
         "network": checkpoints.describe(run.network), "critic": checkpoints.describe(run.critic),
         "data": [*data.shape, round(data.double().mean().item(), 6)], **loss,
     }  # fmt: skip
+    run.team, common = team, run.rng
+    if run.team is not None:
+        batch, run.rng = run.team.share(batch, "a batch of"), run.team.stream(common)
+        if loss.get("penalty_batch"):
+            loss["penalty_batch"] = max(1, loss["penalty_batch"] // run.team.size)
+        run.team.broadcast(run.network, run.critic, run.average)
+        progress = False if run.team.rank else progress
     parts = {"network": run.network, "critic": run.critic}
     parts |= {} if run.average is None else {"average": run.average}
     optimizers = {"optimizer": run.optimizer, "network_optimizer": run.network_optimizer}
     if checkpoint is not None and checkpoints.exists(checkpoint):
         run.update, run.history = checkpoints.load(
-            checkpoint, parts, optimizers, run.rng, data.device, settings
+            checkpoint, parts, optimizers, run.rng, data.device, settings, run.team
         )
         groups = [g for o in (run.optimizer, run.network_optimizer) for g in o.param_groups]
+    averaged = run.update
     bar = tqdm(total=updates, initial=run.update, disable=None if progress is None else not progress)
     with bar:
         while run.update < updates:
@@ -266,7 +289,9 @@ def train(
                     real = real + noise.uniform_(-half_level, half_level, generator=run.rng)
                 with torch.no_grad():
                     fake = run.network(run.latents(batch))
-                gauges = critic_step(run.critic, run.optimizer, real, fake, generator=run.rng, **loss)
+                gauges = critic_step(
+                    run.critic, run.optimizer, real, fake, generator=run.rng, team=run.team, **loss
+                )
             gauges |= generator_step(run, batch)
             for name, value in gauges.items():
                 run.history.setdefault(name, []).append(value)
@@ -274,9 +299,17 @@ def train(
             bar.update()
             saving = checkpoint is not None and (run.update % checkpoint_every == 0 or run.update == updates)
             if saving or run.update % 100 == 0 or run.update == updates:
+                if run.team is not None:
+                    mean_of(run.history, averaged, run.team)
+                    averaged = run.update
                 _check_finite(run)
             if saving:
-                checkpoints.save(checkpoint, run.update, parts, optimizers, run.rng, run.history, settings)
+                checkpoints.save(
+                    checkpoint, run.update, parts, optimizers, run.rng, run.history, settings, run.team
+                )
+    if run.team is not None:
+        run.team.broadcast(run.network, run.critic, run.average)
+        run.rng, run.team = common, None
     return run
 
 

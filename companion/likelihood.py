@@ -26,6 +26,7 @@ from companion import checkpoint as checkpoints
 from companion.chains import Bank, LongRunBank
 from companion.checkpoint import CheckpointError
 from companion.diagnosis import Band, TrainingDiverged, diagnose
+from companion.distributed import Team, mean_of
 from companion.langevin import DivergenceError, langevin
 
 __all__ = ["CheckpointError", "Run", "load", "ml_loss", "ml_step", "save", "train"]
@@ -43,6 +44,11 @@ class Run:
     network_optimizer: torch.optim.Optimizer | None = None
     update: int = 0
     history: dict[str, list[Tensor]] = field(default_factory=dict)
+    team: Team | None = None  #: while it is trained by several processes together
+
+    def trainable(self, module: nn.Module) -> nn.Module:
+        """``module`` as it is called where its weights are to learn: behind DDP if there is a team."""
+        return module if self.team is None else self.team.parallel(module)
 
     def gauge(self, name: str) -> Tensor:
         """One gauge over the updates so far, ``(updates,)`` or ``(updates, S)``: "d", "r", "rho", ..."""
@@ -54,12 +60,12 @@ def ml_loss(energy: nn.Module, positive: Tensor, negative: Tensor, temperature: 
 
     Minimising it lowers the energy of the data and lifts that of the negatives.
     """
-    plus, minus = _energies(energy, positive, negative)
+    stacked = getattr(energy, "stack", None) is not None
+    plus, minus = _energies(energy, positive, negative, stacked)
     return (plus.mean(-1) - minus.mean(-1)) / temperature
 
 
-def _energies(energy: nn.Module, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-    stacked = getattr(energy, "stack", None) is not None
+def _energies(energy: nn.Module, positive: Tensor, negative: Tensor, stacked: bool) -> tuple[Tensor, Tensor]:
     values = energy(torch.cat([positive, negative], dim=1 if stacked else 0))  # one pass for both
     return values.split([positive.shape[int(stacked)], negative.shape[int(stacked)]], dim=-1)
 
@@ -91,7 +97,7 @@ def ml_step(
     )
     # A long-run bank hands out chains that only burn in, behind those that are the negatives.
     negative = chain.x.narrow(len(run.bank.stack), 0, batch)
-    plus, minus = _energies(run.energy, positive, negative)
+    plus, minus = _energies(run.trainable(run.energy), positive, negative, stacked=bool(run.bank.stack))
     loss = (plus.mean(-1) - minus.mean(-1)) / temperature  # as ml_loss
     run.optimizer.zero_grad(set_to_none=True)
     loss.sum().backward()  # stacked models are independent: the sum's gradient is each one's own
@@ -102,7 +108,8 @@ def ml_step(
         "diversity": _spread(negative, len(run.bank.stack)) / _spread(positive, len(run.bank.stack)),
     }  # fmt: skip
     if run.network is not None:
-        error = (run.network(drawn.z) - chain.x).square().flatten(drawn.index.ndim).sum(-1).mean(-1)
+        taught = run.trainable(run.network)(drawn.z)
+        error = (taught - chain.x).square().flatten(drawn.index.ndim).sum(-1).mean(-1)
         run.network_optimizer.zero_grad(set_to_none=True)
         error.sum().backward()
         run.network_optimizer.step()
@@ -130,6 +137,7 @@ def train(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 500,
     progress: bool | None = None,
+    team: Team | None = None,
 ) -> Run:
     """Bring ``run`` to ``updates`` updates on ``data`` ``(N, *shape)``; returns it.
 
@@ -143,6 +151,11 @@ def train(
     in which one stays outside for a whole window is stopped with what to change. ``log`` is a file to which
     the means of the gauges over each window are appended, a JSON object a line, with the seconds used and
     left; the bar shows the time left as well.
+
+    The processes of a ``team`` (``companion.distributed.team``, under ``torchrun``) train this one run
+    together: ``batch`` and the bank are divided evenly among them, which raises ``ValueError`` if it cannot
+    be done; the networks must be alike and ``run.rng`` in the same state everywhere, as after the same seed.
+    Batch normalisation of ``run.network`` sees one process's share. The log is written by rank 0.
 
     Raises ``TrainingDiverged`` (a ``DivergenceError``) when chains leave every bound or a gauge its band,
     ``CheckpointError`` for a checkpoint of another run.
@@ -173,10 +186,16 @@ def train(
         "energy": checkpoints.describe(run.energy),
         "data": [*data.shape, round(data.double().mean().item(), 6)],
     }  # fmt: skip
+    run.team, common = team, run.rng
+    if run.team is not None:
+        batch, run.rng = run.team.share(batch, "a batch of"), run.team.stream(common)
+        run.bank.deal(run.team)
+        if run.team.rank:
+            log, progress = None, False
     if checkpoint is not None and checkpoints.exists(checkpoint):
         load(run, checkpoint, settings)
         rates = [(group, group["initial_lr"]) for group in _groups(run)]  # loading replaced the groups
-    began, first = time.monotonic(), run.update
+    began, first, averaged = time.monotonic(), run.update, run.update
     bar = tqdm(total=updates, initial=run.update, disable=None if progress is None else not progress)
     with bar:
         while run.update < updates:
@@ -206,13 +225,23 @@ def train(
             bar.update()
             if not bar.disable and run.update % 100 == 0:
                 bar.set_postfix({k: f"{v.mean().item():.3g}" for k, v in gauges.items()})
-            if run.update % window == 0:
+            saving = checkpoint is not None and (run.update % checkpoint_every == 0 or run.update == updates)
+            looking = run.update % window == 0 and (log is not None or bands is not None)
+            if run.team is not None and (saving or run.update % window == 0 or run.update == updates):
+                mean_of(run.history, averaged, run.team)
+                averaged = run.update
+            if looking:
                 if log is not None:
                     _log(run, Path(log), window, time.monotonic() - began, first, updates)
                 if bands is not None and (findings := diagnose(run.history, bands, window)):
                     raise TrainingDiverged(run.update, findings)
-            if checkpoint is not None and (run.update % checkpoint_every == 0 or run.update == updates):
+            if saving:
                 save(run, checkpoint, settings)
+    if run.team is not None:
+        run.bank.collect(run.team)
+        run.team.broadcast(run.network)  # batch norm's statistics
+        run.team.forget(run.energy, run.network)
+        run.rng, run.team = common, None
     return run
 
 
@@ -221,7 +250,9 @@ def save(run: Run, folder: str | os.PathLike[str], settings: dict | None = None)
 
     Returns the path of its ``checkpoint.json``; raises ``CheckpointError`` if it cannot write.
     """
-    return checkpoints.save(folder, run.update, _parts(run), _optimizers(run), run.rng, run.history, settings)
+    return checkpoints.save(
+        folder, run.update, _parts(run), _optimizers(run), run.rng, run.history, settings, run.team
+    )
 
 
 def load(run: Run, folder: str | os.PathLike[str], settings: dict | None = None) -> Run:
@@ -231,7 +262,7 @@ def load(run: Run, folder: str | os.PathLike[str], settings: dict | None = None)
     do not fit the run's networks, bank or optimisers.
     """
     run.update, run.history = checkpoints.load(
-        folder, _parts(run), _optimizers(run), run.rng, run.bank.x.device, settings
+        folder, _parts(run), _optimizers(run), run.rng, run.bank.x.device, settings, run.team
     )
     return run
 

@@ -19,7 +19,7 @@ _PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "matplotlib", "safetenso
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device a chapter runs on: ``"auto"`` takes a GPU where there is one.
+    """The device a chapter runs on: ``"auto"`` takes a GPU where there is one, under ``torchrun`` its own.
 
     Raises ``RuntimeError`` if a CUDA device is asked for by name and none is usable; a chapter that
     silently fell back to the CPU would look like a hung one.
@@ -32,6 +32,9 @@ def pick_device(name: str = "auto") -> torch.device:
             f"device={name!r} was asked for, but torch {torch.__version__} sees no GPU. "
             "On Colab choose Runtime > Change runtime type > GPU; elsewhere set device='cpu'."
         )
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     return device
 
 

@@ -174,6 +174,8 @@ def test_values_take_the_type_of_their_default():
     assert parameters.agree(0.1, "1e-3", "x") == 1e-3  # a string for YAML 1.1
     assert isinstance(parameters.agree(0.1, 2, "x"), float)
     assert parameters.agree([0.1], [1, "1e-2"], "x") == [1.0, 0.01]
+    mixed = parameters.agree([0.1, 7], ["1e-2", 3], "x")
+    assert mixed == [0.01, 3] and isinstance(mixed[1], int)  # each element as its own default
     for default, value in [(1, True), (0.1, True), ("a", 1), (True, 1), ([1], 1), ([1], [0.5]), (1, None)]:
         with pytest.raises(parameters.BookError):
             parameters.agree(default, value, "x")

@@ -189,5 +189,5 @@ def test_the_chapter_on_critics_uses_each_arms_best_trial():
         chosen = [best[k] for k in ("step_size", "beta", "rate") if k in best]
         assert [float(chapter[name]) for name in parts] == chosen, arm
     for arm, best in record["best"]["digits"].items():
-        chosen = [best[k] for k in ("step_size", "beta", "rate") if k in best]
+        chosen = [best[k] for k in ("step_size", "beta", "rate", "updates") if k in best]
         assert json.loads(chapter[f"images_{arm}"]) == chosen, arm
