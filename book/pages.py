@@ -19,6 +19,7 @@ import notebooks
 import plan
 import recorded
 import reference
+import speed
 import yaml
 from files import write_atomically
 from home import BRANCH, COLAB, Home, find_home, git
@@ -329,4 +330,7 @@ def _parts(
         "chapters": lambda: recorded.chapter_table(root, runs, "{}.md", status=True),
         "papers": lambda: recorded.papers_tables(root, runs),
         "rooms": lambda: reference.room_table(root),
+        "limits": lambda: speed.limits(root),
+        "beside": lambda: speed.beside(root),
+        "cost": lambda: speed.cost(root),
     }

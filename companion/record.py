@@ -49,7 +49,8 @@ def describe_device(device: torch.device | str) -> str:
             name = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         pass  # not Linux: the architecture's name has to do
-    return f"{device.type} ({name}, {torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"{device.type} ({name}, {threads} thread{'s' * (threads > 1)})"
 
 
 def record(name: str, value: float | int | Tensor | Iterable[float]) -> float:

@@ -1,0 +1,97 @@
+"""The pages on speed, and the two scripts that measure for them."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "book"), str(ROOT / "benchmarks")]
+
+import speed  # noqa: E402
+from parameters import BookError  # noqa: E402
+
+limits = importlib.import_module("limits")
+side_by_side = importlib.import_module("side_by_side")
+
+THEIRS = """
+import torch
+
+def Langevin_dynamics(samples, netD, n_steps, step_lr, noisel):
+    x = samples
+    for _ in range(n_steps):
+        x = x.detach().requires_grad_(True)
+        (grad,) = torch.autograd.grad(netD(x).sum(), x)
+        noise = grad.norm(dim=1, keepdim=True) * noisel * step_lr**0.5 * torch.randn_like(x, device="cuda")
+        x = x + FACTOR * step_lr * grad + noise
+    return x
+"""
+
+
+def test_operations_and_bytes_are_those_of_the_calls():
+    a, b = torch.randn(30, 40), torch.randn(40, 50)
+
+    def work():
+        (a @ b).t().relu()  # a view moves nothing
+
+    loop = limits.Loop("a product", "none", 1, work)
+    operations, moved = limits.counted(loop)
+    assert operations == 2 * 30 * 40 * 50
+    assert moved == 4 * (30 * 40 + 40 * 50 + 30 * 50) + 4 * 2 * (30 * 50)
+
+
+def test_every_loop_is_counted_and_published_costs_scale_with_the_chains():
+    torch.manual_seed(0)
+    for loop in limits.loops(torch.device("cpu")):
+        if "conv energy" not in loop.what:  # seconds
+            operations, moved = limits.counted(loop)
+            assert operations > 1e5 and moved > 1e4, loop.what
+
+
+def checkout(folder, factor):
+    (folder / "synthetic_exp").mkdir(parents=True)
+    text = THEIRS.replace("FACTOR", str(factor))
+    (folder / "synthetic_exp/mcmc_sampler.py").write_text(text, encoding="utf-8")
+    return str(folder)
+
+
+def test_a_checkout_is_timed_and_one_that_does_something_else_is_refused(tmp_path):
+    out = tmp_path / "beside.json"
+    side_by_side.main(["--dcd", checkout(tmp_path / "a", 1.0), "--repeats", "2", "--out", str(out)])
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert record["methods"]["dcd"]["times_faster"]["median"] > 0
+    assert str(tmp_path) not in out.read_text(encoding="utf-8")
+    assert "mcmc_sampler" not in sys.modules
+    with pytest.raises(SystemExit, match="theirs and the companion's differ"):
+        side_by_side.main(["--dcd", checkout(tmp_path / "b", 0.5), "--repeats", "2"])
+    with pytest.raises(SystemExit):
+        side_by_side.main(["--dcd", str(tmp_path / "nowhere")])
+
+
+def test_tables_show_what_was_measured_and_say_what_was_not(tmp_path):
+    (tmp_path / "results").mkdir()
+    assert "Not measured yet" in "\n".join(speed.limits(tmp_path))
+    assert speed.cost(tmp_path) == ["Not measured yet."]
+    text = "\n".join(speed.beside(tmp_path))
+    assert "not measured yet" in text and "a GPU" in text
+    record = json.loads((ROOT / "results/limits-cpu.json").read_text(encoding="utf-8"))
+    record["device"] = "cuda (x)"
+    (tmp_path / "results/limits-cuda.json").write_text(json.dumps(record), encoding="utf-8")
+    text = "\n".join(speed.limits(tmp_path))
+    assert "## cuda (x)" in text and "measured yet" not in text.lower()
+    row = record["published"][0]
+    days = row["operations"] * row["updates"] / 1e14 / 86400
+    assert f"| {days:.1f} |" in "\n".join(speed.cost(tmp_path))
+    (tmp_path / "results/limits-broken.json").write_text("{", encoding="utf-8")
+    with pytest.raises(BookError, match="limits-broken.json is not JSON"):
+        speed.limits(tmp_path)
+
+
+def test_the_kept_records_fill_the_pages():
+    text = "\n".join(speed.beside(ROOT))
+    for name in ("Grathwohl 2020", "Niu 2020", "Ansari 2021", "Song 2020", "Zheng 2021", "TorchEBM"):
+        assert name in text, name
+    assert "\n".join(speed.limits(ROOT)).count("matmul") > 3 and "short-run" in "\n".join(speed.cost(ROOT))
