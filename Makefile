@@ -37,7 +37,7 @@ test: setup lint ## lint, unit tests, every chapter in the smoke profile, every 
 	BOOK_SITE=build/smoke/html $(PY) -m pytest -q $(foreach part,$(WITH_A_SITE),tests/test_$(part).py)
 
 pages: setup ## open every page of PROFILE's book in headless Chromium, follow its links within
-	BOOK_SITE=build/$(PROFILE)/html $(PY) -m pytest -q $(foreach part,$(WITH_A_SITE),tests/test_$(part).py)
+	BOOK_SITE=build/$(PROFILE)/html $(PY) -m pytest -q tests/test_pages.py tests/test_site_links.py
 
 colab: setup ## run a notebook in an environment of its own, as Colab would
 	$(PY) -m pytest -q tests/test_colab.py

@@ -196,18 +196,20 @@ class Yardstick:
         return self.multiply_adds / seconds(self.run, device)
 
 
-def matmul(device: torch.device, size: int) -> Yardstick:
-    a = torch.randn(size, size, device=device)
-    return Yardstick(f"float32 matmul {size}x{size}", size**3, lambda: a @ a)
+def matmul(device: torch.device, size: int, dtype: torch.dtype = torch.float32) -> Yardstick:
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return Yardstick(f"{str(dtype).removeprefix('torch.')} matmul {size}x{size}", size**3, lambda: a @ a)
 
 
-def best_convolution(device: torch.device, batch: int, repeats: int = 10) -> Yardstick:
+def best_convolution(
+    device: torch.device, batch: int, repeats: int = 10, dtype: torch.dtype = torch.float32
+) -> Yardstick:
     """The fastest of several convolutions, forward and gradient in the input, in both memory formats."""
     found = []
     for inputs, outputs, kernel, stride, side in CONVOLUTIONS:
         for name, layout in (("NCHW", torch.contiguous_format), ("channels last", torch.channels_last)):
-            x = torch.randn(batch, inputs, side, side, device=device).to(memory_format=layout)
-            w = torch.randn(outputs, inputs, kernel, kernel, device=device).to(memory_format=layout)
+            x = torch.randn(batch, inputs, side, side, device=device).to(dtype, memory_format=layout)
+            w = torch.randn(outputs, inputs, kernel, kernel, device=device).to(dtype, memory_format=layout)
             y = F.conv2d(x, w, None, stride, padding=1)
             runs = {
                 "forward": lambda x=x, w=w, s=stride: F.conv2d(x, w, None, s, padding=1),

@@ -8,7 +8,7 @@ calls read and write, as if nothing stayed in a cache. Beside them stand the dev
 in the same turns: a large matrix product, the best of several convolutions, a large copy. From these come
 the two shares: of the arithmetic rate of its kind, products or convolutions, and of the copy rate, which
 passes 100 % where the data never leave the cache. A loop far from both is made of calls too small to fill
-the device. ``--device cuda`` runs the same on a GPU, with ``--bf16`` the ceiling in bfloat16 as well.
+the device. ``--device cuda`` runs the same on a GPU.
 """
 
 from __future__ import annotations
@@ -88,6 +88,9 @@ def loops(device: torch.device) -> list[Loop]:
         conv = networks.ConvEnergy((channels, side, side), 32, rng).to(device)
         x = torch.rand(128, channels, side, side, device=device) * 2 - 1
         sampler(f"Langevin, conv energy {side}x{side}, 128 chains", "short-run", conv, x, 2, CONVOLUTION)
+        rough = networks.ConvEnergy((channels, side, side), 32, rng, torch.bfloat16).to(device)
+        what = f"Langevin, conv energy {side}x{side}, 128 chains, bfloat16"
+        sampler(what, "short-run", rough, x, 2, "convolution bfloat16")
     run = lifecycle.short_run("bank", digits, rate=1e-4, network_rate=1e-4, rng=rng, stack=4, device=device)
     found.append(Loop("maximum likelihood, 4 models, K = 20", "short-run", 3, lambda: likelihood.train(
         run, image, run.update + 3, batch=128, steps=20, step_size=0.01, temperature=1e-3, data_noise=0.02,
@@ -134,16 +137,19 @@ def counted(loop: Loop) -> tuple[float, float]:
     return count.operations / loop.steps, count.bytes / loop.steps
 
 
-def measure(device: torch.device, repeats: int, bf16: bool, size: int) -> dict[str, object]:
+def measure(device: torch.device, repeats: int, size: int) -> dict[str, object]:
     """All loops and ceilings, in turns; rates in 10^9 a second."""
     todo = loops(device)
     numbers = [counted(loop) for loop in todo]
-    yardsticks = {"matmul float32": matmul(device, size), CONVOLUTION: best_convolution(device, 64)}
+    yardsticks = {}
+    for kind in (torch.float32, torch.bfloat16):
+        name = str(kind).removeprefix("torch.")
+        yardsticks[f"matmul {name}"] = matmul(device, size, kind)
+        yardsticks[f"convolution {name}"] = best_convolution(device, 64, dtype=kind)
     block = torch.empty(2**26, device=device)  # 256 MB: larger than any cache
     target = torch.empty_like(block)
     copied = 2 * block.numel() * block.element_size()
-    half = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    rates: dict[str, list[float]] = {name: [] for name in [*yardsticks, "copy"] + ["matmul bfloat16"] * bf16}
+    rates: dict[str, list[float]] = {name: [] for name in [*yardsticks, "copy"]}
     times: list[list[float]] = [[] for _ in todo]
     for turn in range(-1, repeats):
         for loop, own in zip(todo, times, strict=True):
@@ -151,8 +157,6 @@ def measure(device: torch.device, repeats: int, bf16: bool, size: int) -> dict[s
         for name, one in yardsticks.items():
             rates[name].append(2 * one.rate(device) / 1e9)
         rates["copy"].append(copied / seconds(lambda: target.copy_(block), device) / 1e9)
-        if bf16:
-            rates["matmul bfloat16"].append(2 * size**3 / seconds(lambda: half @ half, device) / 1e9)
         if turn < 0:  # the turn before the first warms up
             for values in [*times, *rates.values()]:
                 values.clear()
@@ -204,12 +208,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=15, help="turns")
     parser.add_argument("--size", type=int, help="side of the large matrices; 2048 on a CPU, 8192 on a GPU")
-    parser.add_argument("--bf16", action="store_true", help="measure the bfloat16 ceiling too")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     size = args.size or (8192 if device.type == "cuda" else 2048)
-    found = measure(device, args.repeats, args.bf16, size)
+    found = measure(device, args.repeats, size)
     print(json.dumps(found["ceilings"]))
     for row in found["loops"]:
         ops, moved = row["operations"] / 1e6, row["bytes"] / 1e6
@@ -219,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{shares[0]:6.1%} of {row['ceiling']}, {shares[1]:6.1%} of copy"
         )
     if args.out is not None:
-        command = f"python benchmarks/limits.py --device {args.device}" + " --bf16" * args.bf16
+        command = f"python benchmarks/limits.py --device {args.device}"
         head = {"kind": "limits", "command": command, **environment(device), "repeats": args.repeats}
         write(
             args.out, head | {"threads": torch.get_num_threads()} | found | {"published": published(device)}

@@ -20,8 +20,8 @@ perhaps on another machine, and refuses one that is missing or comes from anothe
 Under ``torchrun`` every process runs the chapters named by ``--only`` together with the others, training one
 model between them (``companion.distributed``); the first keeps the results and builds the book.
 
-``--jobs 2`` runs two chapters side by side, each with half the cores. Small networks gain little from a
-second core, so the whole is done sooner, though each chapter by itself takes longer.
+``--jobs 2`` runs two chapters side by side, the longest first, each with half the cores. Small networks gain
+little from a second core, so the whole is done sooner, though each chapter by itself takes longer.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import math
 import os
 import signal
 import sys
@@ -39,6 +40,7 @@ from typing import Any
 import keys
 import pages
 import plan
+import recorded
 from execute import ChapterFailed, execute_all
 from parameters import BookError
 from plan import Chapter, Layout, Profile
@@ -137,6 +139,8 @@ def _run(args: argparse.Namespace) -> None:
         for chapter in selected:
             if chapter not in due:
                 _say(selected, chapter, "unchanged, not run again")
+        if args.jobs > 1:
+            due = _longest_first(due, layout)
         failure: ChapterFailed | None = None
         with contextlib.closing(execute_all(due, values, profile, layout, args.jobs)) as outcomes:
             for chapter, outcome in tqdm(outcomes, "chapters", len(due), disable=not sys.stderr.isatty()):
@@ -150,6 +154,19 @@ def _run(args: argparse.Namespace) -> None:
             raise failure
         if not args.no_build and rank == 0:
             build_book(layout, chapters, _stale(chapters, selected, profile, layout))
+
+
+def _longest_first(chapters: list[Chapter], layout: Layout) -> list[Chapter]:
+    """By the time that each took when it was last measured, so that no job is left with a long one alone.
+
+    A chapter that nobody has measured yet counts as the longest.
+    """
+    kept = recorded.runs(layout.root, [c.name for c in chapters], layout.profile, {})
+    minutes = {
+        name: max((run.minutes for run in own if run.profile == layout.profile), default=math.inf)
+        for name, own in kept.items()
+    }
+    return sorted(chapters, key=lambda chapter: -minutes[chapter.name])
 
 
 def _place() -> tuple[int, int]:

@@ -46,7 +46,7 @@ _PAUSE = 2.0  # seconds between the rounds
 _TIMEOUT = (10.0, 60.0)  # seconds to connect, seconds without a byte
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     """Images, labels and where they come from.
 
@@ -64,6 +64,13 @@ class Dataset:
     levels: int
     classes: tuple[str, ...]
     source: str
+
+    def __repr__(self) -> str:
+        counts = [f"{len(getattr(self, f'x_{part}')):,} {part}" for part in ("train", "validation", "test")]
+        return (
+            f"Dataset({self.name!r}: {', '.join(counts)} images of {'x'.join(map(str, self.shape))}, "
+            f"{self.n_classes} classes, {self.levels} levels)"
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -140,10 +140,10 @@ def team(device: torch.device | str) -> Team | None:
     return _joined.setdefault(str(device), Team(dist.get_rank(), dist.get_world_size(), device))
 
 
-def mean_of(history: dict[str, list[Tensor]], since: int, members: Team) -> None:
+def average_history(history: dict[str, list[Tensor]], since: int, team: Team) -> None:
     """Average the gauges from update ``since`` on over the processes, in place."""
     names = sorted(name for name, values in history.items() if len(values) > since)
     if names:
-        new: Iterable[Tensor] = members.average([torch.stack(history[name][since:]) for name in names])
+        new: Iterable[Tensor] = team.average([torch.stack(history[name][since:]) for name in names])
         for name, values in zip(names, new, strict=True):
             history[name][since:] = values.unbind(0)

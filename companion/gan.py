@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from companion import checkpoint as checkpoints
-from companion.distributed import Team, mean_of
+from companion.distributed import Team, average_history
 
 __all__ = [
     "LOSSES",
@@ -250,8 +250,12 @@ def train(
     normalisation's power iteration, are each process's own; rank 0's are kept.
 
     Raises ``FloatingPointError`` with the update when a gauge is not finite, ``CheckpointError`` for a
-    checkpoint of another run, ``ValueError`` as ``critic_loss``.
+    checkpoint of another run, ``ValueError`` as ``critic_loss`` and for data that are no floats.
     """
+    if not data.is_floating_point():
+        raise ValueError(
+            f"data must be floating point, got {data.dtype}; bytes become images in [-1, 1] by x / 127.5 - 1"
+        )
     groups = [g for o in (run.optimizer, run.network_optimizer) for g in o.param_groups]
     rates = [group.setdefault("initial_lr", group["lr"]) for group in groups]
     settings = {
@@ -300,7 +304,7 @@ def train(
             saving = checkpoint is not None and (run.update % checkpoint_every == 0 or run.update == updates)
             if saving or run.update % 100 == 0 or run.update == updates:
                 if run.team is not None:
-                    mean_of(run.history, averaged, run.team)
+                    average_history(run.history, averaged, run.team)
                     averaged = run.update
                 _check_finite(run)
             if saving:

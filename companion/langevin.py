@@ -97,9 +97,10 @@ def langevin(
     on a CPU), or a ``companion._compiled.NotCompilableError`` that says why not. A captured energy must not
     change between the steps of a call other than through x. With a ``callback`` the loop is always plain.
 
-    Raises ``DivergenceError`` with step and gauges when an energy or state is not finite, and
-    ``ValueError`` for an argument out of range. Source: the gradient step eps^2/2 with noise eps, as in
-    Nijkamp et al. 2020 and Hill et al. 2022.
+    Raises ``DivergenceError`` with step and gauges when an energy or state is not finite,
+    ``ValueError`` for an argument out of range and for states of another shape than the energy names in
+    ``shape``, and ``TypeError`` for states that are no tensor. Source: the gradient step eps^2/2 with noise
+    eps, as in Nijkamp et al. 2020 and Hill et al. 2022.
 
     Example:
 
@@ -112,7 +113,7 @@ def langevin(
     >>> bool((chain.x.var() - 4 / 3).abs() < 0.1)  # too wide at eps = s: 1 / (1 - eps^2 / 4 s^2)
     True
     """
-    _check(x, steps, step_size, temperature, base_std, record_every)
+    _check(energy, x, steps, step_size, temperature, base_std, record_every)
     how = None if callback is not None else _compiled.choose(compile, energy, x)
     if how is not None:
         try:
@@ -191,7 +192,7 @@ def mala(
     >>> bool((chain.x.var() - 1).abs() < 0.1), bool(chain.gauges.acceptance > 0.9)
     (True, True)
     """
-    _check(x, steps, step_size, temperature, base_std, record_every)
+    _check(energy, x, steps, step_size, temperature, base_std, record_every)
     x = x.detach().clone()
     path, energies = [], []
     with frozen(energy):
@@ -325,6 +326,7 @@ class _Watch:
 
 
 def _check(
+    energy: Energy,
     x: Tensor,
     steps: int,
     step_size: float | Tensor,
@@ -332,6 +334,13 @@ def _check(
     base_std: float | None,
     record_every: int | None,
 ) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"chains start from a tensor, got {type(x).__name__}; torch.as_tensor(x) makes one")
+    shape = getattr(energy, "shape", None)
+    if isinstance(shape, tuple) and tuple(x.shape[x.ndim - len(shape) :]) != shape:
+        raise ValueError(
+            f"the energy takes states (*batch, {', '.join(map(str, shape))}), got {tuple(x.shape)}"
+        )
     for name, value in (("step_size", step_size), ("temperature", temperature), ("base_std", base_std)):
         # Asked this way round, NaN is refused too.
         if value is not None and not bool(torch.as_tensor(value > 0).all()):

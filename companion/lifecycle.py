@@ -24,20 +24,19 @@ __all__ = ["ARMS", "Corrected", "long_run", "mid_run", "quality_over_steps", "sh
 ARMS = {"bank": (True, 0.5), "no_bank": (True, 1.0), "noise_birth": (False, 1.0)}
 
 
-Factory = Callable[[tuple[int, int, int], int, int, int | None, torch.Generator], nn.Module]
-
-# network -> how its energy and its generator are made of (shape, width, latent, stack, rng).
-_NETWORKS: dict[str, tuple[Factory, Factory]] = {
+# network -> its energy, of (shape, width, rng, precision), and its generator, of (shape, width, latent,
+# stack, rng). The MLP's energy has no width and is made in _energy.
+_NETWORKS: dict[str, tuple[Callable[..., nn.Module] | None, Callable[..., nn.Module]]] = {
     "mlp": (
-        lambda shape, width, latent, stack, rng: MLPEnergy(shape, stack=stack, generator=rng),
+        None,
         lambda shape, width, latent, stack, rng: MLPGenerator(shape, latent, stack=stack, generator=rng),
     ),
     "conv": (
-        lambda shape, width, latent, stack, rng: ConvEnergy(shape, width, rng),
+        ConvEnergy,
         lambda shape, width, latent, stack, rng: ConvGenerator(shape, latent, 2 * width, rng),
     ),
     "residual": (
-        lambda shape, width, latent, stack, rng: ResidualEnergy(shape, width, rng),
+        ResidualEnergy,
         lambda shape, width, latent, stack, rng: ConvGenerator(shape, latent, width, rng),
     ),
 }
@@ -57,6 +56,7 @@ def short_run(
     width: int = 32,
     latent: int = 16,
     device: torch.device | str = "cpu",
+    precision: str = "auto",
 ) -> Run:
     """A run of the short-run regime, ready for ``likelihood.train``.
 
@@ -65,20 +65,17 @@ def short_run(
     cooperative learning) or ``"noise_birth"`` (no generator, chains from uniform noise). ``network`` is
     ``"mlp"`` (which can train ``stack`` seeds side by side), ``"conv"`` (the small convolutional energy of
     ``width`` and a generator of twice that) or ``"residual"`` (the paper's SNGAN-32 pair, width 256 there).
-    Adam with ``rate`` for the energy and ``network_rate`` for the generator.
+    Adam with ``rate`` for the energy and ``network_rate`` for the generator. ``precision`` is that of a
+    convolutional energy's convolutions: "float32", "bfloat16", or "auto", which takes bfloat16 on a GPU that
+    has units for it.
 
     Raises ``ValueError`` for an unknown arm or network, and for stacked convolutional networks.
     """
-    for kind, name, known in (("arm", arm, ARMS), ("network", network, _NETWORKS)):
-        if name not in known:
-            raise ValueError(f"unknown {kind} {name!r}: choose one of {', '.join(known)}")
-    if network != "mlp" and stack is not None:
-        raise ValueError("convolutional networks are not stacked: train the seeds one after another")
+    if arm not in ARMS:
+        raise ValueError(f"unknown arm {arm!r}: choose one of {', '.join(ARMS)}")
     with_generator, rejuvenation = ARMS[arm]
-    energy, generator = (
-        make(shape, width, latent, stack, rng).to(device) if wanted else None
-        for make, wanted in zip(_NETWORKS[network], (True, with_generator), strict=True)
-    )
+    energy = _energy(network, shape, width, (256, 256), stack, rng, precision, device)
+    generator = _NETWORKS[network][1](shape, width, latent, stack, rng).to(device) if with_generator else None
     birth = born_from_noise(shape, device=device) if generator is None else born_from(generator)
     size = batch if rejuvenation == 1 else bank_size  # without memory a larger bank would never be read
     bank = Bank(size, birth, rejuvenation=rejuvenation, max_visits=4, stack=stack, generator=rng)
@@ -101,6 +98,7 @@ def mid_run(
     width: int = 32,
     hidden: tuple[int, ...] = (256, 256),
     device: torch.device | str = "cpu",
+    precision: str = "auto",
 ) -> Run:
     """A run of the mid-run regime: births from data or a frozen generator, rare rejuvenation, no limit.
 
@@ -111,7 +109,7 @@ def mid_run(
 
     Raises ``ValueError`` for an unknown network and for stacked convolutional ones.
     """
-    energy = _energy(network, shape, width, hidden, stack, rng).to(device)
+    energy = _energy(network, shape, width, hidden, stack, rng, precision, device)
     bank = Bank(bank_size, birth, rejuvenation=rejuvenation, stack=stack, generator=rng)
     return Run(energy, torch.optim.Adam(energy.parameters(), lr=rate), bank, rng)
 
@@ -131,6 +129,7 @@ def long_run(
     width: int = 32,
     hidden: tuple[int, ...] = (256, 256),
     device: torch.device | str = "cpu",
+    precision: str = "auto",
 ) -> Run:
     """A run of the long-run regime: a chain may teach only after ``visits`` visits in the burn-in bank.
 
@@ -140,7 +139,7 @@ def long_run(
     staggered, so that graduations are spread evenly.
     Source: Hill et al. 2022, second stage of the long-run regime. Arguments and errors as in ``mid_run``.
     """
-    net = _energy(network, shape, width, hidden, stack, rng).to(device)
+    net = _energy(network, shape, width, hidden, stack, rng, precision, device)
     update, burn_in = (
         Bank(size, birth, rejuvenation=0.0, stack=stack, generator=rng) for size in (bank_size, burn_in_size)
     )
@@ -184,14 +183,22 @@ def _energy(
     hidden: tuple[int, ...],
     stack: int | None,
     rng: torch.Generator,
+    precision: str,
+    device: torch.device | str,
 ) -> nn.Module:
     if network not in _NETWORKS:
         raise ValueError(f"unknown network {network!r}: choose one of {', '.join(_NETWORKS)}")
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f'precision is "auto", "float32" or "bfloat16", got {precision!r}')
     if network == "mlp":
-        return MLPEnergy(shape, hidden, stack=stack, generator=rng)
+        return MLPEnergy(shape, hidden, stack=stack, generator=rng).to(device)
     if stack is not None:
         raise ValueError("convolutional networks are not stacked: train the seeds one after another")
-    return _NETWORKS[network][0](shape, width, 0, None, rng)
+    if precision == "auto":  # older GPUs only pretend to know bfloat16
+        quick = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(False)
+        precision = "bfloat16" if quick else "float32"
+    kind = torch.bfloat16 if precision == "bfloat16" else None
+    return _NETWORKS[network][0](shape, width, rng, kind).to(device)
 
 
 def quality_over_steps(

@@ -26,7 +26,7 @@ from companion import checkpoint as checkpoints
 from companion.chains import Bank, LongRunBank
 from companion.checkpoint import CheckpointError
 from companion.diagnosis import Band, TrainingDiverged, diagnose
-from companion.distributed import Team, mean_of
+from companion.distributed import Team, average_history
 from companion.langevin import DivergenceError, langevin
 
 __all__ = ["CheckpointError", "Run", "load", "ml_loss", "ml_step", "save", "train"]
@@ -158,7 +158,7 @@ def train(
     Batch normalisation of ``run.network`` sees one process's share. The log is written by rank 0.
 
     Raises ``TrainingDiverged`` (a ``DivergenceError``) when chains leave every bound or a gauge its band,
-    ``CheckpointError`` for a checkpoint of another run.
+    ``CheckpointError`` for a checkpoint of another run, ``ValueError`` for data that are no floats.
 
     Example:
 
@@ -178,6 +178,10 @@ def train(
     >>> run.gauge("rho").shape
     torch.Size([20])
     """
+    if not data.is_floating_point():
+        raise ValueError(
+            f"data must be floating point, got {data.dtype}; bytes become images in [-1, 1] by x / 127.5 - 1"
+        )
     rates = [(group, group.setdefault("initial_lr", group["lr"])) for group in _groups(run)]
     settings = {
         "updates": updates, "batch": batch, "steps": steps, "step_size": _plain(step_size),
@@ -228,7 +232,7 @@ def train(
             saving = checkpoint is not None and (run.update % checkpoint_every == 0 or run.update == updates)
             looking = run.update % window == 0 and (log is not None or bands is not None)
             if run.team is not None and (saving or run.update % window == 0 or run.update == updates):
-                mean_of(run.history, averaged, run.team)
+                average_history(run.history, averaged, run.team)
                 averaged = run.update
             if looking:
                 if log is not None:

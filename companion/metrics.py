@@ -118,8 +118,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """``|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^{1/2})`` of two feature sets ``(n, d)`` and ``(m, d)``.
 
     Biased upward at finite counts by an amount that depends on n, m and d: compare only at equal
-    counts and quote ``frechet_floor`` beside it. Raises ``ValueError`` for fewer than two rows or
-    non-finite features. Source: Heusel et al. 2017, eq. 6.
+    counts and quote ``frechet_floor`` beside it. NumPy arrays are taken too. Raises ``ValueError`` for
+    fewer than two rows or non-finite features. Source: Heusel et al. 2017, eq. 6.
 
     Example:
 
@@ -129,6 +129,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     >>> round(frechet_distance(a, a + 2), 3)  # a shift alone: its squared length
     12.0
     """
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"need features (n, d) and (m, d), got {tuple(a.shape)} and {tuple(b.shape)}")
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):

@@ -6,6 +6,7 @@ and arms then train side by side in one batched matrix product instead of a Pyth
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -263,6 +264,10 @@ class ConvEnergy(nn.Module):
 
     conv 3x3, then three conv 4x4 of stride 2 that double the width, then a bias-free sum: ``(B, C, H, W)``
     -> ``(B,)``. Leaky ReLU 0.05, no normalisation. Width 32 at 32x32 costs 26 million multiplications.
+
+    ``precision=torch.bfloat16`` computes the convolutions in that type, channels last, and the final sum in
+    float32: E to about a per cent, for twice the speed or more where the device has units for it. Weights,
+    states and gradients stay in float32.
     """
 
     slope = 0.05
@@ -272,10 +277,11 @@ class ConvEnergy(nn.Module):
         shape: tuple[int, int, int],
         width: int = 32,
         generator: torch.Generator | None = None,
+        precision: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         channels, height, side = shape
-        self.shape, self.stack = tuple(shape), None
+        self.shape, self.stack, self.precision = tuple(shape), None, precision
         self.convs = nn.ModuleList([nn.Conv2d(channels, width, 3, padding=1)])
         for i in range(3):
             self.convs.append(nn.Conv2d(width * 2**i, width * 2 ** (i + 1), 4, stride=2, padding=1))
@@ -285,9 +291,10 @@ class ConvEnergy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """E(x): ``(B, C, H, W)`` -> ``(B,)``."""
-        for conv in self.convs:
-            x = F.leaky_relu(conv(x), self.slope)
-        return self.head(x.flatten(1)).squeeze(1)
+        with _computing_in(self.precision, x):
+            for conv in self.convs:
+                x = F.leaky_relu(conv(x), self.slope)
+        return self.head(x.flatten(1).to(self.head.weight.dtype)).squeeze(1)
 
     @torch.no_grad()  # it works in place
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,37 +303,46 @@ class ConvEnergy(nn.Module):
         The numbers are autograd's up to rounding. On a CPU a step is about a fifth shorter: channels-last
         convolutions need no re-ordering of their big inputs and outputs, and the activations are in place.
         """
-        # Not .to(): images of one channel count as channels-last already, and would stay as they are.
-        h = x.clone(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+        kind = self.precision or x.dtype
+        # A copy: images of one channel count as channels-last already, and would stay as they are.
+        last = x.device.type == "cpu" or kind != x.dtype
+        h = x.to(kind, copy=True, memory_format=torch.channels_last) if last else x
+        weights = [conv.weight.to(kind) for conv in self.convs]
         sides, outputs = [], []
-        for conv in self.convs:
+        for conv, weight in zip(self.convs, weights, strict=True):
             sides.append(h.shape[2:])
-            h = F.leaky_relu_(conv(h), self.slope)
+            h = F.conv2d(h, weight, conv.bias.to(kind), conv.stride, conv.padding)
+            h = F.leaky_relu_(h, self.slope)
             outputs.append(h)
-        value = self.head(h.flatten(1)).squeeze(1)
+        value = self.head(h.flatten(1).to(self.head.weight.dtype)).squeeze(1)
         grad = torch.empty_like(h).copy_(self.head.weight.unflatten(1, h.shape[1:]))  # (B, 8 width, H/8, W/8)
-        for conv in reversed(self.convs):
+        for conv, weight in zip(reversed(self.convs), reversed(weights), strict=True):
             # In place. True: leaky ReLU's output stands for its input, which has the same sign.
             aten.leaky_relu_backward.grad_input(grad, outputs.pop(), self.slope, True, grad_input=grad)
             # The rows and columns on the far side that the stride left over, as 7 + 2 = 4 + 2 * 2 + 1.
             rest = [(n + 2 * p - k) % s for n, p, k, s in zip(
                 sides.pop(), conv.padding, conv.kernel_size, conv.stride, strict=True)]  # fmt: skip
-            grad = F.conv_transpose2d(grad, conv.weight, None, conv.stride, conv.padding, rest)
-        return value, grad.contiguous()
+            grad = F.conv_transpose2d(grad, weight, None, conv.stride, conv.padding, rest)
+        return value, grad.to(x.dtype).contiguous()
 
 
 class ResidualEnergy(nn.Module):
     """The SNGAN-32 discriminator as an energy, without spectral norm, as in Hill et al. 2022.
 
     Four residual blocks of ``width`` (256 in the paper), the first two halving the image; ReLU, global
-    average pool, bias-free linear: ``(B, C, H, W)`` -> ``(B,)``.
+    average pool, bias-free linear: ``(B, C, H, W)`` -> ``(B,)``. ``precision`` as in ``ConvEnergy``: the pool
+    and the linear layer stay in float32.
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], width: int = 64, generator: torch.Generator | None = None
+        self,
+        shape: tuple[int, int, int],
+        width: int = 64,
+        generator: torch.Generator | None = None,
+        precision: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.shape, self.stack = tuple(shape), None
+        self.shape, self.stack, self.precision = tuple(shape), None, precision
         self.stem = nn.ModuleList(
             [nn.Conv2d(shape[0], width, 3, padding=1), _conv3(width), _conv1(shape[0], width)]
         )
@@ -337,13 +353,16 @@ class ResidualEnergy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """E(x): ``(B, C, H, W)`` -> ``(B,)``."""
-        first, second, skip = self.stem
-        x = F.avg_pool2d(second(F.relu(first(x))), 2) + skip(F.avg_pool2d(x, 2))
-        first, second, skip = self.down
-        x = F.avg_pool2d(second(F.relu(first(F.relu(x)))), 2) + F.avg_pool2d(skip(x), 2)
-        for first, second in self.flat:
-            x = x + second(F.relu(first(F.relu(x))))
-        return self.head(F.relu(x).mean((2, 3))).squeeze(1)
+        with _computing_in(self.precision, x):
+            if self.precision is not None:
+                x = x.contiguous(memory_format=torch.channels_last)
+            first, second, skip = self.stem
+            x = F.avg_pool2d(second(F.relu(first(x))), 2) + skip(F.avg_pool2d(x, 2))
+            first, second, skip = self.down
+            x = F.avg_pool2d(second(F.relu(first(F.relu(x)))), 2) + F.avg_pool2d(skip(x), 2)
+            for first, second in self.flat:
+                x = x + second(F.relu(first(F.relu(x))))
+        return self.head(F.relu(x).to(self.head.weight.dtype).mean((2, 3))).squeeze(1)
 
 
 class ConvGenerator(nn.Module):
@@ -390,6 +409,17 @@ class _UpBlock(nn.Module):
         h = F.interpolate(F.relu(self.norm1(x)), scale_factor=2, mode="bilinear", align_corners=False)
         h = self.conv2(F.relu(self.norm2(self.conv1(h))))
         return h + self.skip(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False))
+
+
+def _computing_in(precision: torch.dtype | None, x: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast to ``precision`` on x's device, or nothing.
+
+    Weights are cast anew in each call: a kept copy would go stale when the optimiser moves them, also within
+    a recorded step that is replayed.
+    """
+    if precision is None:
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, dtype=precision, cache_enabled=False)
 
 
 def _conv3(width: int) -> nn.Conv2d:

@@ -601,3 +601,16 @@ def test_the_kernel_s_threads_fit_the_machine(monkeypatch):
         run._share_the_cores(jobs)
         threads = int(os.environ["OMP_NUM_THREADS"])
         assert 1 <= threads <= (os.cpu_count() or 1) and (jobs == 1 or threads == 1)
+
+
+def test_side_by_side_the_longest_chapter_starts_first(project):
+    root = project(**{name: chapter(name) for name in ("brief", "long", "unmeasured", "middling")})
+    (root / "results").mkdir()
+    times = {"brief": 10, "long": 600, "middling": 60}
+    rows = {name: {"seconds": seconds} for name, seconds in times.items()}
+    record = {"profile": "cpu", "chapters": rows}
+    (root / "results/cpu-x.json").write_text(json.dumps(record), encoding="utf-8")
+    found = plan.load_chapters(root)
+    order = run._longest_first(list(found.values()), plan.Layout(root, "cpu"))
+    assert [c.name for c in order] == ["unmeasured", "long", "middling", "brief"]
+    assert run._longest_first(list(found.values()), plan.Layout(root, "smoke")) == list(found.values())

@@ -830,3 +830,9 @@ def test_malicious_tars_are_refused(evil, words, tmp_path):
     with pytest.raises(DataError, match=words):
         load(tmp_path / "evil.tar")
     assert sorted(p.name for p in tmp_path.rglob("*")) == before  # nothing was unpacked
+
+
+def test_a_data_set_shows_what_it_holds_in_one_line():
+    assert repr(data.load()) == (
+        "Dataset('digits': 997 train, 400 validation, 400 test images of 1x8x8, 10 classes, 17 levels)"
+    )

@@ -12,7 +12,8 @@ from torch import nn
 
 from companion import energies
 from companion.energies import Banana, DoubleWell, Gaussian, GaussianMixture, Rings
-from companion.networks import ConvEnergy, MLPEnergy
+from companion.langevin import langevin
+from companion.networks import ConvEnergy, MLPEnergy, ResidualEnergy
 
 PLANE = {
     "gaussian": Gaussian(torch.tensor([0.5, -1.0]), torch.tensor([[1.5, 0.6], [0.6, 0.8]])),
@@ -130,6 +131,46 @@ def test_conv_gradient_by_hand_is_autograds(batch, shape, channels_last):
     assert torch.equal(x, before) and value.shape == (batch,)
     torch.testing.assert_close(value, plain_value)
     torch.testing.assert_close(grad, plain_grad)
+
+
+@pytest.mark.parametrize("make", [ConvEnergy, ResidualEnergy])
+def test_bfloat16_convolutions_give_the_energy_to_a_per_cent(make, rng):
+    """Weights, states, sum and gradient stay in float32, and a weight's change is seen at once."""
+    exact, rough = (
+        make((3, 16, 16), 16, torch.Generator().manual_seed(0), precision)
+        for precision in (None, torch.bfloat16)
+    )
+    x = torch.rand(64, 3, 16, 16, generator=rng) * 2 - 1
+    (value, grad), (near, near_grad) = (energies.energy_and_gradient(net, x) for net in (exact, rough))
+    assert near.dtype == near_grad.dtype == rough.head.weight.dtype == torch.float32
+    assert (near - value).abs().max() < 0.02 * value.std() + 0.01 * value.abs().max()
+    # Rounding puts some states on the other side of a ReLU's kink, which turns a gradient a little.
+    along = torch.nn.functional.cosine_similarity(near_grad.flatten(1), grad.flatten(1))
+    assert along.min() > 0.95 and along.mean() > 0.99
+    assert (near_grad.norm() / grad.norm() - 1).abs() < 0.01
+    plain_grad = energies.energy_and_gradient(lambda y: rough(y), x)[1]  # autograd's, in the same type
+    assert torch.nn.functional.cosine_similarity(near_grad.flatten(), plain_grad.flatten(), 0) > 0.999
+    rough(x).mean().backward()
+    assert all(p.grad.dtype == torch.float32 for p in rough.parameters())
+    with torch.no_grad():
+        for p in rough.parameters():
+            p.mul_(0.9)
+    assert (energies.energy_and_gradient(rough, x)[0] - near).abs().max() > 0.05 * near.abs().max()
+
+
+def test_bfloat16_chains_walk_where_float32_chains_walk(rng):
+    exact, rough = (
+        ConvEnergy((1, 8, 8), 8, torch.Generator().manual_seed(0), precision)
+        for precision in (None, torch.bfloat16)
+    )
+    x = torch.rand(100, 1, 8, 8, generator=rng) * 2 - 1
+    ends = [
+        langevin(net, x, 50, 0.05, temperature=0.1, generator=torch.Generator().manual_seed(1)).x
+        for net in (exact, rough)
+    ]
+    drift, off = ends[0] - x, ends[1] - ends[0]
+    assert off.norm() < 0.03 * drift.norm()  # the same noise: what is left is rounding
+    assert abs(exact(ends[0]).mean() - exact(ends[1]).mean()) < 0.05 * exact(ends[0]).std()
 
 
 def test_stacked_models_are_independent(rng):

@@ -19,7 +19,7 @@ from companion import _compiled
 from companion._compiled import NotCompilableError
 from companion.energies import Gaussian, GaussianMixture
 from companion.langevin import DivergenceError, langevin, mala
-from companion.networks import ConvEnergy, MLPEnergy
+from companion.networks import ConvEnergy, MLPEnergy, ResidualEnergy
 
 
 def gaussian(std=1.0, dim=1):
@@ -184,6 +184,17 @@ def test_arguments_out_of_range_are_named(sampler, change, message):
         sampler(gaussian(), **arguments)
 
 
+@pytest.mark.parametrize("chain", [langevin, mala])
+def test_states_that_are_no_tensor_or_do_not_fit_are_refused(chain):
+    energy = MLPEnergy((2, 3), (4,))
+    with pytest.raises(TypeError, match="from a tensor, got ndarray"):
+        chain(energy, torch.zeros(5, 2, 3).numpy(), 1, 0.1)
+    with pytest.raises(ValueError, match=r"states \(\*batch, 2, 3\), got \(5, 3, 2\)"):
+        chain(energy, torch.zeros(5, 3, 2), 1, 0.1)
+    with pytest.raises(ValueError, match=r"got \(3,\)"):
+        chain(energy, torch.zeros(3), 1, 0.1)
+
+
 def test_an_energy_that_is_not_one_number_a_chain_is_refused():
     with pytest.raises(ValueError, match="batch part"):
         langevin(lambda x: x.sum(0), torch.zeros(3, 2), 2, 0.1)
@@ -253,6 +264,8 @@ ENERGIES = {
     "mlp": (lambda: MLPEnergy((6,), (16, 16)), (10, 6)),
     "stacked": (lambda: MLPEnergy((2, 3), (16,), stack=2), (2, 10, 2, 3)),
     "conv": (lambda: ConvEnergy((1, 8, 8), width=2), (4, 1, 8, 8)),
+    "conv, bfloat16": (lambda: ConvEnergy((1, 8, 8), 2, precision=torch.bfloat16), (4, 1, 8, 8)),
+    "residual, bfloat16": (lambda: ResidualEnergy((1, 8, 8), 4, precision=torch.bfloat16), (4, 1, 8, 8)),
     "autograd": (Autograd, (10, 2, 3)),
 }
 

@@ -260,3 +260,13 @@ def test_long_run_negatives_come_from_the_update_bank_alone(rng):
     assert gauges["diversity"] < 10 and gauges["graduated"] >= 0
     with pytest.raises(ValueError, match="unknown network"):
         lifecycle.long_run((1, 4, 4), born_from_data(data()), rate=1, visits=1, rng=rng, network="mpl")
+
+
+def test_bytes_for_data_are_refused_before_anything_is_trained():
+    rng = torch.Generator().manual_seed(0)
+    energy = MLPEnergy((1, 8, 8), (4,), generator=rng)
+    bank = chains.Bank(20, chains.born_from_noise((1, 8, 8)), rejuvenation=1.0, generator=rng)
+    run = Run(energy, torch.optim.Adam(energy.parameters()), bank, rng)
+    images = torch.zeros(10, 1, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"floating point, got torch.uint8; .* x / 127.5 - 1"):
+        train(run, images, 1, batch=4, steps=1, step_size=0.1, temperature=1.0, data_noise=0.0)

@@ -223,3 +223,8 @@ def test_coverage_of_copies_of_one_mode_and_of_the_same_law():
     )
     with pytest.raises(ValueError, match="more than 5 real points"):
         metrics.coverage(real[:5], real)
+
+
+def test_frechet_distance_takes_arrays(rng):
+    a, b = torch.randn(50, 3, generator=rng), torch.randn(50, 3, generator=rng)
+    assert metrics.frechet_distance(a.numpy(), b.numpy()) == metrics.frechet_distance(a, b)
