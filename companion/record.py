@@ -53,12 +53,12 @@ def describe_device(device: torch.device | str) -> str:
     return f"{device.type} ({name}, {threads} thread{'s' * (threads > 1)})"
 
 
-def record(name: str, value: float | int | Tensor | Iterable[float]) -> float:
+def record(name: str, value: float | int | Tensor | Iterable[float]) -> None:
     """Record one figure under ``name`` so that prose can quote it and the runner can collect it.
 
     A scalar is recorded as it is. Several values (one a seed) are recorded as their mean under
     ``name``, their standard deviation (n - 1 in the denominator) under ``name_sd`` and their count
-    under ``name_n``. Returns what was recorded under ``name``.
+    under ``name_n``.
 
     Inside a Jupyter kernel with myst-nb the numbers are glued without display; elsewhere (Colab, a
     plain script) they are printed. Raises ``ValueError`` for a non-finite or empty value: a figure
@@ -67,7 +67,7 @@ def record(name: str, value: float | int | Tensor | Iterable[float]) -> float:
     Example:
 
     >>> from companion.record import record
-    >>> mean = record("fd", [1.0, 2.0, 4.0])  # outside a kernel: printed
+    >>> record("fd", [1.0, 2.0, 4.0])  # outside a kernel: printed
     fd = 2.333
     fd_sd = 1.528
     fd_n = 3
@@ -89,7 +89,6 @@ def record(name: str, value: float | int | Tensor | Iterable[float]) -> float:
         if not math.isfinite(number):
             raise ValueError(f"record({key!r}): {number} is not finite; look at the run that produced it")
         _glue(key, number)
-    return float(figures[name])
 
 
 def _glue(name: str, number: float | int) -> None:

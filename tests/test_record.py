@@ -16,9 +16,13 @@ from companion import energies, plots, record
 
 
 def test_several_values_become_mean_spread_and_count(capsys):
-    assert record.record("fd", [1.0, 2.0, 6.0]) == 3.0
+    assert record.record("fd", [1.0, 2.0, 6.0]) is None  # as a cell's last line it must show nothing
     printed = dict(line.split(" = ") for line in capsys.readouterr().out.splitlines())
-    assert printed["fd_n"] == "3" and float(printed["fd_sd"]) == pytest.approx(math.sqrt(7), rel=1e-3)
+    assert (
+        float(printed["fd"]) == 3.0
+        and printed["fd_n"] == "3"
+        and float(printed["fd_sd"]) == pytest.approx(math.sqrt(7), rel=1e-3)
+    )
     record.record("one", torch.tensor(2.5))
     assert capsys.readouterr().out == "one = 2.5\n"
     record.record("single", [4.0])  # one run has no spread
