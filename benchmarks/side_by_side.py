@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
 import os
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from langevin_step import write
 from torch import Tensor, nn
 
 from companion import gan, graphs, langevin, networks, refine, stein
@@ -344,10 +344,7 @@ def main(argv: list[str] | None = None) -> None:
             "kind": "side-by-side", "command": command, **environment(device),
             "threads": torch.get_num_threads(), "repeats": args.repeats, "methods": rows,
         }  # fmt: skip
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = args.out.with_suffix(".part")
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, args.out)
+        write(args.out, record)
 
 
 if __name__ == "__main__":

@@ -200,7 +200,8 @@ def test_a_chapter_is_run_by_two_processes_and_kept_by_the_first(project):
         for part in ("", "rank-1")
     )
     assert ours["figures"]["fd_refined"] == theirs["figures"]["fd_refined"]  # one model, judged alike
-    header = json.loads((project / "made/digits-bank-0/checkpoint.json").read_text(encoding="utf-8"))
+    kept = project / "made/short-run/digits-bank-0/checkpoint.json"
+    header = json.loads(kept.read_text(encoding="utf-8"))
     assert header["processes"] == 2
     refused = launch(project / "book/run.py", *asked, "--only", "energy-and-langevin")
     assert refused.returncode != 0

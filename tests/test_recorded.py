@@ -251,3 +251,11 @@ def test_rooms_become_sections_of_the_index():
         "book/index", reference.INDEX, "book/api/a", "book/api/b", "book/x"
     ]  # fmt: skip
     assert reference.INDEX in plan.toc_documents(plan.load_toc(ROOT))
+
+
+@pytest.mark.parametrize("name", [name for name, c in CHAPTERS.items() if "checkpoints" in c.parameters])
+def test_a_chapters_checkpoints_lie_in_a_folder_of_its_own(name):
+    """The profiles give all chapters one folder: two that use the same name would meet each other's runs."""
+    text = CHAPTERS[name].text
+    folders = re.findall(r'f"\{checkpoints\}/([^"{/]*)', text)
+    assert folders and set(folders) == {name}
