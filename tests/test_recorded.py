@@ -259,3 +259,15 @@ def test_a_chapters_checkpoints_lie_in_a_folder_of_its_own(name):
     text = CHAPTERS[name].text
     folders = re.findall(r'f"\{checkpoints\}/([^"{/]*)', text)
     assert folders and set(folders) == {name}
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_nobody_waits_for_a_value_from_record(name):
+    """It returns nothing, so that a cell which ends with it shows nothing."""
+    for cell in CHAPTERS[name].notebook.cells:
+        if cell.cell_type == "code":
+            tree = ast.parse(cell.source)
+            alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "record":
+                    assert id(node) in alone, ast.unparse(node)
