@@ -132,7 +132,7 @@ def _run(args: argparse.Namespace) -> None:
         return
     if size > 1:
         _refuse_undivided(selected, args)
-    _share_the_cores(args.jobs * size)
+    _share_the_cores(args.jobs * (int(os.environ["LOCAL_WORLD_SIZE"]) if size > 1 else 1))
     with _alone(layout):
         # All of several processes, or none: one that found its part done would leave the others waiting.
         due = [c for c in selected if args.fresh or size > 1 or not is_current(c, values[c.name], layout)]

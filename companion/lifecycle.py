@@ -69,7 +69,7 @@ def short_run(
     convolutional energy's convolutions: "float32", "bfloat16", or "auto", which takes bfloat16 on a GPU that
     has units for it.
 
-    Raises ``ValueError`` for an unknown arm or network, and for stacked convolutional networks.
+    Raises ``ValueError`` for an unknown arm, network or precision, and for stacked convolutional networks.
     """
     if arm not in ARMS:
         raise ValueError(f"unknown arm {arm!r}: choose one of {', '.join(ARMS)}")
