@@ -8,7 +8,11 @@ calls read and write, as if nothing stayed in a cache. Beside them stand the dev
 in the same turns: a large matrix product, the best of several convolutions, a large copy. From these come
 the two shares: of the arithmetic rate of its kind, products or convolutions, and of the copy rate, which
 passes 100 % where the data never leave the cache. A loop far from both is made of calls too small to fill
-the device. ``--device cuda`` runs the same on a GPU.
+the device.
+
+``--device cuda`` runs the same on a GPU, where loops are recorded and replayed. Each is timed by the
+difference between a long and a short run, which leaves out what recording costs, and beside itself as the
+plain loop, one operation after the other: how many times faster it is for being recorded.
 """
 
 from __future__ import annotations
@@ -32,18 +36,23 @@ from companion.perturb import AMP
 from companion.record import environment, pick_device
 
 Work = Callable[[], object]
+SHORT, MORE = 60, 200  # steps of a short run on a GPU, with the recording in it, and those that are timed
 CONVOLUTION = "convolution float32"
 
 
 @dataclass
 class Loop:
-    """``work`` does ``steps`` steps of the loop that ``what`` names, as ``chapter`` runs it."""
+    """``work(n, compile)`` does n steps of the loop that ``what`` names, as ``chapter`` runs it.
+
+    ``steps``: how many are timed on a CPU. n is a multiple of ``unit``.
+    """
 
     what: str
     chapter: str
     steps: int
-    work: Work
+    work: Callable[[int, bool | None], object]
     ceiling: str = "matmul float32"  # that of the calls which do most of its arithmetic
+    unit: int = 1
 
 
 class Count(TorchDispatchMode):
@@ -75,8 +84,8 @@ def loops(device: torch.device) -> list[Loop]:
     found = []
 
     def sampler(what: str, chapter: str, energy: nn.Module, x: Tensor, steps: int, *ceiling: str) -> None:
-        found.append(Loop(what, chapter, steps, lambda: langevin.langevin(
-            energy, x, steps, 0.01, temperature=1e-3, generator=rng), *ceiling))  # fmt: skip
+        found.append(Loop(what, chapter, steps, lambda n, compile: langevin.langevin(
+            energy, x, n, 0.01, temperature=1e-3, generator=rng, compile=compile), *ceiling))  # fmt: skip
 
     digits = (1, 8, 8)
     image = torch.rand(1500, *digits, device=device) * 2 - 1
@@ -92,9 +101,10 @@ def loops(device: torch.device) -> list[Loop]:
         what = f"Langevin, conv energy {side}x{side}, 128 chains, bfloat16"
         sampler(what, "short-run", rough, x, 2, "convolution bfloat16")
     run = lifecycle.short_run("bank", digits, rate=1e-4, network_rate=1e-4, rng=rng, stack=4, device=device)
-    found.append(Loop("maximum likelihood, 4 models, K = 20", "short-run", 3, lambda: likelihood.train(
-        run, image, run.update + 3, batch=128, steps=20, step_size=0.01, temperature=1e-3, data_noise=0.02,
-        progress=False)))  # fmt: skip
+    what = "maximum likelihood, 4 models, K = 20"
+    found.append(Loop(what, "short-run", 3, lambda n, compile: likelihood.train(
+        run, image, run.update + n, batch=128, steps=20, step_size=0.01, temperature=1e-3, data_noise=0.02,
+        progress=False, compile=compile)))  # fmt: skip
     plane = torch.randn(5000, 2, device=device)
     energy = networks.MLPEnergy((2,), (64, 64, 64), stack=3, gain=3.0, generator=rng).to(device)
     bank = chains.Bank(
@@ -102,39 +112,50 @@ def loops(device: torch.device) -> list[Loop]:
     )
     long = likelihood.Run(energy, torch.optim.Adam(energy.parameters(), 1e-4), bank, rng)
     what = "maximum likelihood in the plane, 3 models, K = 50"
-    found.append(Loop(what, "long-run", 2, lambda: likelihood.train(
-        long, plane, long.update + 2, batch=512, steps=50, step_size=0.05, temperature=1.0, data_noise=0.0,
-        base_std=2.0, progress=False)))  # fmt: skip
+    found.append(Loop(what, "long-run", 2, lambda n, compile: likelihood.train(
+        long, plane, long.update + n, batch=512, steps=50, step_size=0.05, temperature=1.0, data_noise=0.0,
+        base_std=2.0, progress=False, compile=compile)))  # fmt: skip
     critic = networks.ConvEnergy(digits, 8, rng).to(device)
     pair = gan.new_run(networks.ConvGenerator(digits, 16, 16, rng).to(device), critic, rate=1e-5, rng=rng)
-    found.append(Loop("WGAN-GP update, conv pair", "discriminator-langevin", 3, lambda: gan.train(
-        pair, image, pair.update + 3, batch=64, critic_steps=2, penalty=1.0, penalty_batch=16,
-        progress=False), CONVOLUTION))  # fmt: skip
+    found.append(Loop("WGAN-GP update, conv pair", "discriminator-langevin", 3, lambda n, compile: gan.train(
+        pair, image, pair.update + n, batch=64, critic_steps=2, penalty=1.0, penalty_batch=16,
+        progress=False, compile=compile), CONVOLUTION))  # fmt: skip
     model = networks.MLPEnergy((2,), (100, 100), stack=5, generator=rng).to(device)
     f = networks.MLP((2, 100, 100, 2), 5, generator=rng).to(device)
     adams = [torch.optim.Adam(net.parameters(), 1e-5) for net in (model, f)]
     lsd = stein.SteinRun(model, adams[0], rng, f, adams[1])
-    found.append(Loop("LSD step, 5 models", "stein-discrepancy", 12, lambda: stein.train(
-        lsd, plane, lsd.step + 12, batch=256)))  # fmt: skip
+    found.append(Loop("LSD step, 5 models", "stein-discrepancy", 12, lambda n, compile: stein.train(
+        lsd, plane, lsd.step + n, batch=256, compile=compile), unit=6))  # fmt: skip
     ring = graphs.GraphBatch.from_edges([[(i, (i + 1) % 16) for i in range(16)]] * 64, [16] * 64)
     graph = graphs.graph_run(ring.to(device), (0.5, 0.2), rng)
-    found.append(Loop("Stein step on graphs of 16 nodes, batch 16", "stein-graphs", 3, lambda: graphs.train(
-        graph, graph.step + 3, progress=False)))  # fmt: skip
+    what = "Stein step on graphs of 16 nodes, batch 16"
+    found.append(Loop(what, "stein-graphs", 3, lambda n, compile: graphs.train(
+        graph, graph.step + n, progress=False, compile=compile)))  # fmt: skip
     labels = torch.randint(10, (5, 200), device=device)
     net = StackedConvNet(digits, 10, 5, generator=torch.Generator().manual_seed(0)).to(device)
-    recipe = Recipe(epochs=1, rate=1e-3, rule=AMP(0.5))
     few = image[:1000].unflatten(0, (5, 200))
-    found.append(Loop("AMP step, 5 models", "adversarial-model-perturbation", 4, lambda: train_stack(
-        few, labels, net, recipe, rng)))  # fmt: skip
+    recipe = lambda n: Recipe(epochs=n // 4, rate=1e-3, rule=AMP(0.5))  # noqa: E731
+    chapter = "adversarial-model-perturbation"
+    found.append(Loop("AMP step, 5 models", chapter, 4, lambda n, compile: train_stack(
+        few, labels, net, recipe(n), rng, compile=compile), unit=4))  # fmt: skip
     return found
 
 
 def counted(loop: Loop) -> tuple[float, float]:
     """Operations and bytes of one step."""
-    loop.work()
+    loop.work(loop.steps, False)
     with Count() as count:
-        loop.work()
+        loop.work(loop.steps, False)
     return count.operations / loop.steps, count.bytes / loop.steps
+
+
+def step_time(loop: Loop, device: torch.device, compile: bool | None) -> float:
+    """Seconds a step; on a GPU between the 60th and the 260th, or multiples of ``unit`` near them."""
+    if device.type == "cpu":
+        return seconds(lambda: loop.work(loop.steps, compile), device) / loop.steps
+    short, more = (n // loop.unit * loop.unit for n in (SHORT, MORE))
+    brief = seconds(lambda: loop.work(short, compile), device)
+    return (seconds(lambda: loop.work(short + more, compile), device) - brief) / more
 
 
 def measure(device: torch.device, repeats: int, size: int) -> dict[str, object]:
@@ -151,17 +172,20 @@ def measure(device: torch.device, repeats: int, size: int) -> dict[str, object]:
     copied = 2 * block.numel() * block.element_size()
     rates: dict[str, list[float]] = {name: [] for name in [*yardsticks, "copy"]}
     times: list[list[float]] = [[] for _ in todo]
+    plain: list[list[float]] = [[] for _ in todo]  # on a GPU, one operation after the other
     for turn in range(-1, repeats):
-        for loop, own in zip(todo, times, strict=True):
-            own.append(seconds(loop.work, device) / loop.steps)
+        for loop, own, unrecorded in zip(todo, times, plain, strict=True):
+            own.append(step_time(loop, device, None))
+            if device.type != "cpu":
+                unrecorded.append(step_time(loop, device, False))
         for name, one in yardsticks.items():
             rates[name].append(2 * one.rate(device) / 1e9)
         rates["copy"].append(copied / seconds(lambda: target.copy_(block), device) / 1e9)
         if turn < 0:  # the turn before the first warms up
-            for values in [*times, *rates.values()]:
+            for values in [*times, *plain, *rates.values()]:
                 values.clear()
     rows = []
-    for loop, (operations, moved), own in zip(todo, numbers, times, strict=True):
+    for loop, (operations, moved), own, unrecorded in zip(todo, numbers, times, plain, strict=True):
         of_rate = [operations / t / 1e9 / rate for t, rate in zip(own, rates[loop.ceiling], strict=True)]
         of_copy = [moved / t / 1e9 / rate for t, rate in zip(own, rates["copy"], strict=True)]
         rows.append({
@@ -169,6 +193,9 @@ def measure(device: torch.device, repeats: int, size: int) -> dict[str, object]:
             "bytes": round(moved), "milliseconds": spread([1e3 * t for t in own]),
             "ceiling": loop.ceiling, "of_arithmetic": spread(of_rate), "of_copy": spread(of_copy),
         })  # fmt: skip
+        if unrecorded:
+            ratios = [slow / fast for slow, fast in zip(unrecorded, own, strict=True)]
+            rows[-1]["times_the_plain_loop"] = spread(ratios)
     return {"ceilings": {name: spread(values) for name, values in rates.items()}, "loops": rows}
 
 
@@ -206,24 +233,27 @@ def published(device: torch.device) -> list[dict[str, object]]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=15, help="turns")
+    parser.add_argument("--repeats", type=int, default=None, help="turns; 15 on a CPU, 5 on a GPU")
     parser.add_argument("--size", type=int, help="side of the large matrices; 2048 on a CPU, 8192 on a GPU")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     size = args.size or (8192 if device.type == "cuda" else 2048)
-    found = measure(device, args.repeats, size)
+    repeats = args.repeats or (5 if device.type == "cuda" else 15)
+    found = measure(device, repeats, size)
     print(json.dumps(found["ceilings"]))
+    beside = "times_the_plain_loop"
     for row in found["loops"]:
         ops, moved = row["operations"] / 1e6, row["bytes"] / 1e6
         shares = [row[name]["median"] for name in ("of_arithmetic", "of_copy")]
         print(
             f"{row['loop']:52s} {ops:9.1f} Mop {moved:8.1f} MB {row['milliseconds']['median']:8.3f} ms  "
             f"{shares[0]:6.1%} of {row['ceiling']}, {shares[1]:6.1%} of copy"
+            + (f", {row[beside]['median']:.1f} x the plain loop" if beside in row else "")
         )
     if args.out is not None:
         command = f"python benchmarks/limits.py --device {args.device}"
-        head = {"kind": "limits", "command": command, **environment(device), "repeats": args.repeats}
+        head = {"kind": "limits", "command": command, **environment(device), "repeats": repeats}
         write(
             args.out, head | {"threads": torch.get_num_threads()} | found | {"published": published(device)}
         )

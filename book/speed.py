@@ -55,6 +55,7 @@ def limits(root: Path) -> list[str]:
             f"{versions}, {record['threads']} threads, median of {record['repeats']} turns with quartiles. "
             f"Ceilings in 10⁹ operations, and for the copy 10⁹ bytes, a second: {ceilings}.", "",
         ]  # fmt: skip
+        recorded = all("times_the_plain_loop" in row for row in record["loops"])
         rows = [
             [
                 row["loop"],
@@ -64,6 +65,7 @@ def limits(root: Path) -> list[str]:
                 _quartiles(row["milliseconds"], digits=1 if row["milliseconds"]["low"] > 10 else 2),
                 f"{_quartiles(row['of_arithmetic'], 100, 0, ' %')} of {row['ceiling'].split()[0]}",
                 _quartiles(row["of_copy"], 100, 0, " %"),
+                *([_quartiles(row["times_the_plain_loop"], digits=1)] if recorded else []),
             ]
             for row in record["loops"]
         ]
@@ -75,6 +77,7 @@ def limits(root: Path) -> list[str]:
             "ms",
             "of the arithmetic rate",
             "of the copy rate",
+            *(["times faster than the plain loop"] if recorded else []),
         ]
         lines += as_table(head, rows)
     if not _on_gpu(records):

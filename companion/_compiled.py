@@ -1,10 +1,14 @@
-"""One Langevin step as one call: a CUDA graph on a GPU, ``torch.compile`` elsewhere.
+"""Langevin steps as one call: a CUDA graph of many steps on a GPU, ``torch.compile`` of one elsewhere.
 
 A small network's step is twenty kernels of a few microseconds each, and Python needs longer to launch
 them than a GPU to run them. ``step`` is therefore written so that it can be recorded once and replayed:
-it works in place on tensors that stay where they are, its coefficients are tensors, it draws nothing
-(the noise is drawn before it, from the caller's generator, as in the plain loop), and it asks the host
-for nothing. Weights that an optimiser updates in place are read anew at each replay.
+it works in place on tensors that stay where they are, its coefficients are tensors, and it asks the host
+for nothing. A recording draws its noise itself, from a generator of its own that takes over the caller's
+state and hands it back, so that the numbers are the plain loop's. Weights that an optimiser updates in
+place are read anew at each replay.
+
+The first step of a chain is a recording of its own, whose numbers are compared; the rest is taken in
+strides of up to ``STRIDE`` steps, once an energy has taken so many that recording a stride pays.
 
 What a recording cannot see is state in Python: a number in the energy that has changed since, a tensor
 that was put in another's place. Hence three precautions. Only an ``nn.Module`` is recorded, whose tensors'
@@ -16,9 +20,9 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,9 +33,12 @@ from companion.energies import Energy, energy_and_gradient
 __all__ = ["NotCompilableError", "Run", "choose", "give_up", "reference", "run", "step"]
 
 Advance = Callable[[], tuple[Tensor, Tensor]]
+T = TypeVar("T")
 
 BACKEND = "inductor"  # of torch.compile; tests take quicker ones
 KEPT = 4  # recordings an energy keeps, one a shape of the chains; each holds its own GPU memory
+STRIDE = 64  # steps in one replay at most: what launching it costs is then shared by so many
+PAYS = 10  # a stride is recorded when so many times its steps were taken one by one: its cost by then
 
 _recordings: WeakKeyDictionary[nn.Module, dict[tuple, Stepper]] = WeakKeyDictionary()
 _given_up: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # and the mode, training or not
@@ -52,11 +59,13 @@ def step(
     eps: Tensor,
     clock: Tensor,
     trouble: Tensor,
+    source: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
     """x <- decay x + slope grad E + eps noise, in place; returns E and grad E at the x it started from.
 
     ``slope`` is -eps^2/2T and ``decay`` 1 - eps^2/(2 tau^2), or None without a base measure. ``clock``
-    counts the steps; ``trouble`` keeps the first at which an energy was not finite, -1 until then.
+    counts the steps; ``trouble`` keeps the first at which an energy was not finite, -1 until then. ``noise``
+    is what was drawn for the step, or drawn here from ``source``.
     """
     if torch.compiler.is_compiling() and not hasattr(energy, "value_and_gradient"):
         grad, value = _traceable_gradient(energy, x)
@@ -67,6 +76,8 @@ def step(
     clock.add_(1)
     if decay is not None:
         x.mul_(decay)
+    if source is not None:
+        noise.normal_(generator=source)
     x.addcmul_(grad, slope).addcmul_(noise, eps)
     return value, grad
 
@@ -83,27 +94,35 @@ def _traceable_gradient(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Stepper:
-    """The tensors that ``step`` works on, and ``advance``, which takes it: recorded, or compiled."""
+    """The tensors that ``step`` works on, and what takes it: by number of steps, recordings; or a program.
+
+    ``source``: the generator that recordings draw from; None if the noise is drawn for them.
+    """
 
     x: Tensor
     noise: Tensor
     coefficients: tuple[Tensor | None, Tensor, Tensor]  # decay, slope, eps
     clock: Tensor
     trouble: Tensor
+    source: torch.Generator | None = None
     addresses: tuple[int, ...] = ()  # of the energy's tensors, when it was recorded
-    advance: Advance | None = None
+    strides: dict[int, Advance] = field(default_factory=dict)
+    taken: int = 0  # steps, one by one
     fresh: bool = True  # made for this call
 
     @classmethod
-    def blank(cls, x: Tensor, coefficients: tuple) -> Stepper:
+    def blank(cls, x: Tensor, coefficients: tuple, draws: bool) -> Stepper:
         """At x, with coefficients 0: steps that only warm up stay where they are."""
         x = x.detach().clone()
         zeros = [None if c is None else x.new_zeros(getattr(c, "shape", ())) for c in coefficients]
         clock = torch.zeros((), dtype=torch.long, device=x.device)
-        return cls(x, torch.zeros_like(x), tuple(zeros), clock, clock - 1)
+        source = torch.Generator(x.device) if draws else None
+        return cls(x, torch.zeros_like(x), tuple(zeros), clock, clock - 1, source)
 
-    def load(self, x: Tensor, coefficients: tuple) -> None:
+    def load(self, x: Tensor, coefficients: tuple, generator: torch.Generator) -> None:
         """Put the chains at x and set the coefficients, numbers or tensors, without recording anew."""
+        if self.source is not None:
+            self.source.set_state(generator.get_state())
         self.x.copy_(x)
         self.clock.zero_()
         self.trouble.fill_(-1)
@@ -111,8 +130,41 @@ class Stepper:
             if mine is not None:
                 mine.copy_(given) if isinstance(given, Tensor) else mine.fill_(given)
 
-    def call(self, energy: Energy) -> tuple[Tensor, Tensor]:
-        return step(energy, self.x, self.noise, *self.coefficients, self.clock, self.trouble)
+    def call(self, energy: Energy, steps: int) -> tuple[Tensor, Tensor]:
+        rest = (*self.coefficients, self.clock, self.trouble, self.source)
+        for _ in range(steps):
+            value, grad = step(energy, self.x, self.noise, *rest)
+        return value, grad
+
+    def record(self, energy: Energy, steps: int, warm_up: int = 0) -> None:
+        """Record a replay of ``steps`` steps. Warming up takes steps: with coefficients 0 chains stay put.
+
+        Raises ``NotCompilableError`` with the reason.
+        """
+        generators = [] if self.source is None else [self.source]
+        try:
+            self.strides[steps] = _capture(
+                lambda: self.call(energy, steps), self.x.device, generators, warm_up=warm_up
+            )
+        except Exception as error:
+            raise NotCompilableError(f"this energy's step cannot be captured: {_line(error)}") from error
+
+    def advance(self, energy: Energy, done: int, steps: int, every: int | None) -> tuple[Tensor, Tensor, int]:
+        """The next step or stride of a run of ``steps``, ``done`` of them taken; E, grad E, steps taken.
+
+        A stride ends where one of ``every`` steps is to be kept, and at the last step.
+        """
+        length = 1
+        if self.source is not None and done:
+            whole = every or min(steps - 1, STRIDE)
+            stride = max(n for n in range(1, min(whole, STRIDE) + 1) if whole % n == 0)
+            room = stride <= steps - done and (not every or done % stride == 0)
+            if room and (stride in self.strides or self.taken >= PAYS * stride):
+                length = stride
+                if stride not in self.strides:
+                    self.record(energy, stride)
+        self.taken += length == 1
+        return *self.strides[length](), length
 
 
 def choose(wanted: bool | None, energy: Energy, x: Tensor) -> str | None:
@@ -149,13 +201,18 @@ def give_up(energy: Energy) -> None:
 def reference(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
     """E and grad E at x as the plain loop has them, without a trace in the default generators.
 
-    Raises ``NotCompilableError`` if that changes a buffer of the energy (batch normalisation in training),
-    which is put back: warming up would change it too.
+    Raises ``NotCompilableError`` if that draws random numbers, or changes a buffer of the energy (batch
+    normalisation in training), which is put back: warming up would change it too.
     """
     buffers = list(energy.buffers()) if isinstance(energy, nn.Module) else []
     before = [(b.clone(), b._version) for b in buffers]
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        default = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator
+        state = default.get_state()
         value, grad = energy_and_gradient(energy, x.detach())
+        drew = not torch.equal(default.get_state(), state)
+    if drew:
+        raise NotCompilableError("evaluating this energy draws random numbers, as dropout in training does")
     if any(b._version != version for b, (_, version) in zip(buffers, before, strict=True)):
         for b, (copy, _) in zip(buffers, before, strict=True):  # all: not every kernel counts a version up
             b.copy_(copy)
@@ -193,25 +250,29 @@ def run(
     or compiled, or if that gives other numbers also when it is done afresh.
     """
     # The default generator too: an energy may draw from it, and is found out only afterwards.
-    default = torch.cuda.default_generators[x.device.index] if x.is_cuda else None
+    default = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator
     sources = {generator, default, torch.default_generator} - {None}
     before = [(source, source.get_state()) for source in sources]
     while True:
-        path, energies = [], []
+        path, energies, done, asked = [], [], 0, 0
         try:
             stepper = _take(how, energy, x, coefficients)
-            stepper.load(x, coefficients)
-            for index in range(steps):
-                stepper.noise.normal_(generator=generator)
-                value, grad = stepper.advance()
-                if index == 0:
+            stepper.load(x, coefficients, generator or default)
+            while done < steps:
+                if stepper.source is None:
+                    stepper.noise.normal_(generator=generator)
+                value, grad, length = stepper.advance(energy, done, steps, record_every)
+                if done == 0:
                     first, same = value.clone(), _agrees(stepper, expected, value, grad)
-                if record_every and (index + 1) % record_every == 0:
+                done += length
+                if record_every and done % record_every == 0:
                     path.append(stepper.x.clone())
                     energies.append(value.clone())
                 # A GPU is asked every 50 steps, as in the plain loop; a CPU need not be waited for.
-                if (x.device.type == "cpu" or index % 50 == 49) and stepper.trouble.item() >= 0:
-                    break
+                if x.device.type == "cpu" or done - asked >= 50:
+                    asked = done
+                    if stepper.trouble.item() >= 0:
+                        break
         except NotCompilableError:
             _rewind(before)
             raise
@@ -225,6 +286,8 @@ def run(
                 "this energy's step, captured or compiled, gives other numbers than the energy itself: "
                 "it draws random numbers, or depends on more than x and its tensors"
             )
+    if stepper.source is not None:
+        (generator or default).set_state(stepper.source.get_state())
     # Copies: the stepper's own tensors are the next call's.
     result = Run(*(t.clone() for t in (stepper.x, first, value, grad)), path, energies, trouble, bool(finite))
     _keep(how, energy, coefficients, stepper)
@@ -258,18 +321,15 @@ def _take(how: str, energy: Energy, x: Tensor, coefficients: tuple) -> Stepper:
     Raises ``NotCompilableError`` with the reason.
     """
     if how == "compile":
-        stepper = Stepper.blank(x, coefficients)
-        stepper.advance = _compile(energy, stepper)
+        stepper = Stepper.blank(x, coefficients, draws=False)
+        stepper.strides[1] = _compile(energy, stepper)
         return stepper
     # Taken out, so that another thread, or an energy that samples, does not write into the same tensors.
     stepper = _recordings.get(energy, {}).pop(_key(x, coefficients), None)
     if stepper is not None and stepper.addresses == _addresses(energy):
         return stepper
-    stepper = Stepper.blank(x, coefficients)
-    try:
-        stepper.advance = _capture(lambda: stepper.call(energy), x.device)
-    except Exception as error:
-        raise NotCompilableError(f"this energy's step cannot be captured: {_line(error)}") from error
+    stepper = Stepper.blank(x, coefficients, draws=True)
+    stepper.record(energy, 1, warm_up=3)
     stepper.addresses = _addresses(energy)
     return stepper
 
@@ -298,8 +358,17 @@ def _addresses(energy: nn.Module) -> tuple[int, ...]:
     return tuple(t.data_ptr() for group in groups for t in group.values() if isinstance(t, Tensor))
 
 
-def _capture(call: Advance, device: torch.device) -> Advance:
-    """Record ``call`` as a CUDA graph; what it returns lies in the same place after every replay."""
+def _capture(
+    call: Callable[[], T],
+    device: torch.device,
+    generators: Iterable[torch.Generator] = (),
+    warm_up: int = 3,
+) -> Callable[[], T]:
+    """Record ``call`` as a CUDA graph; what it returns lies in the same place after every replay.
+
+    ``generators``: those it draws from, beside the default one; each replay goes on where they stand. Before
+    the recording, which runs nothing, ``call`` runs ``warm_up`` times.
+    """
     main, mode = torch.cuda.current_stream(device), torch.cuda.get_sync_debug_mode()
     # Warm-up and capture on one side stream, as libraries set themselves up, with a workspace, a stream.
     side = _side_streams.setdefault(main, torch.cuda.Stream(device))
@@ -310,17 +379,19 @@ def _capture(call: Advance, device: torch.device) -> Advance:
             # An energy that waits for the GPU is refused here; in a capture it would upset the allocator.
             torch.cuda.set_sync_debug_mode("error")
             with torch.cuda.stream(side):
-                for _ in range(3):
+                for _ in range(warm_up):
                     call()
         finally:
             torch.cuda.set_sync_debug_mode(mode)
         main.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
         # thread_local: what other threads do meanwhile (a loader that pins memory) is none of its business.
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             outputs = call()
 
-    def replay() -> tuple[Tensor, Tensor]:
+    def replay() -> T:
         graph.replay()
         return outputs
 
@@ -338,7 +409,7 @@ def _compile(energy: Energy, stepper: Stepper) -> Advance:
         _programs[key] = torch.compile(own, fullgraph=True, dynamic=False, backend=BACKEND)
 
     def advance() -> tuple[Tensor, Tensor]:
-        rest = (*stepper.coefficients, stepper.clock, stepper.trouble)
+        rest = (*stepper.coefficients, stepper.clock, stepper.trouble, None)
         try:
             return _programs[key](energy, stepper.x, stepper.noise, *rest)
         except Exception as error:  # the energy itself was evaluated just before

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from companion._recorded import Steps, tensors_of
 from companion.networks import StackedLinear
 from companion.perturb import AMP, ASAM, SAM, Adversarial, Random, Rule
 
@@ -203,14 +204,17 @@ def train_stack(
     generator: torch.Generator,
     monitor: Callable[[StackedConvNet], dict[str, Tensor]] | None = None,
     skip: Iterable[Tensor] = (),
+    compile: bool | None = None,
 ) -> Training:
     """Train ``net`` in place on images ``(S, N, C, H, W)`` and labels ``(S, N)``; SGD, Nesterov momentum 0.9.
 
     Batches are drawn without replacement, each model in an order of its own; the last, incomplete batch of an
     epoch is left out. ``monitor`` is called after each epoch and returns ``(S,)`` gauges; with a rule,
     ``norm`` and ``clipped`` of the epoch's last perturbation stand beside them. ``skip``: parameters that the
-    rule leaves unmoved. Raises ``ValueError`` for
-    fewer images than a batch and ``RuntimeError`` if a weight is not finite at the end.
+    rule leaves unmoved. ``compile``: None takes an update, both passes of a rule included, as one recorded
+    call on a GPU, with the plain loop's numbers up to rounding; False never; True raises
+    ``NotCompilableError`` where that cannot be. Raises ``ValueError`` for fewer images than a batch and
+    ``RuntimeError`` if a weight is not finite at the end.
     """
     stack, count = y.shape
     updates = count // recipe.batch
@@ -227,56 +231,66 @@ def train_stack(
     models = torch.arange(stack, device=x.device)[:, None]
     curves: dict[str, list[Tensor]] = {}
     mean, averaged = [], 0
-    total, evaluations = recipe.epochs * updates, 0
+    total, passes = recipe.epochs * updates, 0
     weights = _mixing_weights(recipe.mixup, total, stack, generator).to(x.device) if recipe.mixup else None
     net.train()
-    for epoch in range(recipe.epochs):
-        order = torch.rand(stack, count, generator=generator, device=x.device).argsort(1)
-        for i in range(updates):
-            number = epoch * updates + i
-            rows = order[:, i * recipe.batch : (i + 1) * recipe.batch]
-            images, labels = x[models, rows], y[models, rows]
-            lam = other = None
-            if weights is not None:
-                lam, other = weights[number], labels.flip(1)
-                mix = lam.view(-1, 1, 1, 1, 1)
-                images = mix * images + (1 - mix) * images.flip(1)
 
-            def closure(images=images, labels=labels, lam=lam, other=other):  # noqa: ANN001, ANN202
-                nonlocal evaluations
-                evaluations += 1
-                logits = net(images)
-                risk = _risk(logits, labels, recipe.smoothing)
-                if lam is not None:
-                    risk = lam * risk + (1 - lam) * _risk(logits, other, recipe.smoothing)
-                if recipe.flood:
-                    risk = (risk - recipe.flood).abs() + recipe.flood
-                sgd.zero_grad(set_to_none=True)
-                risk.sum().backward()  # the models are independent: the sum's gradient is each one's own
-                return risk.detach()
+    def update(rows: Tensor, *mixing: Tensor) -> dict[str, Tensor]:
+        nonlocal passes
+        images, labels = x[models, rows], y[models, rows]
+        for lam in mixing:
+            mix = lam.view(-1, 1, 1, 1, 1)
+            images = mix * images + (1 - mix) * images.flip(1)
+        passes = 0
 
-            share = number / total
-            late = recipe.average_from is not None and share >= recipe.average_from
-            factor = one_cycle(share) if not late else recipe.average_rate
-            sgd.param_groups[0]["lr"] = recipe.rate * factor
-            optimizer.step(closure)
-        if recipe.average_from is not None and (epoch + 1) / recipe.epochs > recipe.average_from:
-            averaged += 1
-            now = [p.detach() for p in net.parameters()]
-            mean = [p.clone() for p in now] if averaged == 1 else mean
-            torch._foreach_lerp_(mean, now, 1 / averaged)
-        gauges = {} if monitor is None else monitor(net)
-        if recipe.rule is not None:
-            gauges = gauges | optimizer.gauges()
-        for name, value in gauges.items():
-            curves.setdefault(name, []).append(value)
+        def closure() -> Tensor:
+            nonlocal passes
+            passes += 1
+            logits = net(images)
+            risk = _risk(logits, labels, recipe.smoothing)
+            for lam in mixing:
+                risk = lam * risk + (1 - lam) * _risk(logits, labels.flip(1), recipe.smoothing)
+            if recipe.flood:
+                risk = (risk - recipe.flood).abs() + recipe.flood
+            sgd.zero_grad(set_to_none=True)
+            risk.sum().backward()  # the models are independent: the sum's gradient is each one's own
+            return risk.detach()
+
+        risk = optimizer.step(closure)
+        # Within a recording every time, for afterwards there is nobody to ask; else once an epoch.
+        return {"risk": risk} | (gauges_of_rule() if taking.recording else {})
+
+    def gauges_of_rule() -> dict[str, Tensor]:
+        return optimizer.gauges() if recipe.rule is not None else {}
+
+    taking = Steps([sgd], lambda: tensors_of(net), [generator], device=x.device, count=total, compile=compile)
+    with taking:
+        for epoch in range(recipe.epochs):
+            order = torch.rand(stack, count, generator=generator, device=x.device).argsort(1)
+            for i in range(updates):
+                number = epoch * updates + i
+                late = recipe.average_from is not None and number / total >= recipe.average_from
+                factor = one_cycle(number / total) if not late else recipe.average_rate
+                taking.set_rate(sgd.param_groups[0], recipe.rate * factor)
+                rows = order[:, i * recipe.batch : (i + 1) * recipe.batch]
+                done = taking.take("update", update, rows, *([] if weights is None else [weights[number]]))
+            if recipe.average_from is not None and (epoch + 1) / recipe.epochs > recipe.average_from:
+                averaged += 1
+                now = [p.detach() for p in net.parameters()]
+                mean = [p.clone() for p in now] if averaged == 1 else mean
+                torch._foreach_lerp_(mean, now, 1 / averaged)
+            gauges = {} if monitor is None else monitor(net)
+            done.pop("risk")
+            for name, value in (gauges | (done or gauges_of_rule())).items():
+                curves.setdefault(name, []).append(value)
     if averaged:
         with torch.no_grad():
             torch._foreach_copy_(list(net.parameters()), mean)
         renew_statistics(net, x)
     if not all(bool(p.isfinite().all()) for p in net.parameters()):
         raise RuntimeError(f"the training left the numbers at rate {recipe.rate}: lower it, or the radius")
-    return Training(net, {k: torch.stack(v) for k, v in curves.items()}, evaluations)
+    # Counted in one update: a recorded one does not come by here again.
+    return Training(net, {k: torch.stack(v) for k, v in curves.items()}, passes * total)
 
 
 @torch.no_grad()

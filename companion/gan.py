@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from companion import checkpoint as checkpoints
+from companion._recorded import Steps, tensors_of
 from companion.distributed import Team, average_history
 
 __all__ = [
@@ -235,6 +236,7 @@ def train(
     checkpoint_every: int = 500,
     progress: bool | None = None,
     team: Team | None = None,
+    compile: bool | None = None,
     **loss: float | str | None,
 ) -> GANRun:
     """Bring ``run`` to ``updates`` updates on ``data`` ``(N, *shape)``; returns it.
@@ -248,6 +250,10 @@ def train(
     The processes of a ``team`` (``companion.distributed.team``, under ``torchrun``) train this one pair
     together: ``batch`` and ``penalty_batch`` are divided among them. Batch normalisation, and spectral
     normalisation's power iteration, are each process's own; rank 0's are kept.
+
+    ``compile``: None takes an update as one recorded call on a GPU (not in a team), the penalty's double
+    backward and both optimisers included, with the plain loop's numbers up to rounding; False never; True
+    raises ``NotCompilableError`` where that cannot be.
 
     Raises ``FloatingPointError`` with the update when a gauge is not finite, ``CheckpointError`` for a
     checkpoint of another run, ``ValueError`` as ``critic_loss`` and for data that are no floats.
@@ -280,24 +286,34 @@ def train(
         )
         groups = [g for o in (run.optimizer, run.network_optimizer) for g in o.param_groups]
     averaged = run.update
+
+    def update() -> dict[str, Tensor]:
+        for _ in range(critic_steps):
+            rows = torch.randint(len(data), (*run.stack, batch), generator=run.rng, device=data.device)
+            real = data[rows]
+            if half_level:
+                noise = torch.empty_like(real)
+                real = real + noise.uniform_(-half_level, half_level, generator=run.rng)
+            with torch.no_grad():
+                fake = run.network(run.latents(batch))
+            gauges = critic_step(
+                run.critic, run.optimizer, real, fake, generator=run.rng, team=run.team, **loss
+            )
+        return gauges | generator_step(run, batch)
+
+    def state() -> list[Tensor]:
+        return tensors_of(run.network, run.critic, run.average)
+
+    taking = Steps(
+        optimizers.values(), state, [run.rng], device=data.device, count=updates - run.update,
+        compile=compile if run.team is None else False,
+    )  # fmt: skip
     bar = tqdm(total=updates, initial=run.update, disable=None if progress is None else not progress)
-    with bar:
+    with bar, taking:
         while run.update < updates:
             for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate * (schedule(run.update / updates) if schedule else 1.0)
-            for _ in range(critic_steps):
-                rows = torch.randint(len(data), (*run.stack, batch), generator=run.rng, device=data.device)
-                real = data[rows]
-                if half_level:
-                    noise = torch.empty_like(real)
-                    real = real + noise.uniform_(-half_level, half_level, generator=run.rng)
-                with torch.no_grad():
-                    fake = run.network(run.latents(batch))
-                gauges = critic_step(
-                    run.critic, run.optimizer, real, fake, generator=run.rng, team=run.team, **loss
-                )
-            gauges |= generator_step(run, batch)
-            for name, value in gauges.items():
+                taking.set_rate(group, rate * (schedule(run.update / updates) if schedule else 1.0))
+            for name, value in taking.take("update", update).items():
                 run.history.setdefault(name, []).append(value)
             run.update += 1
             bar.update()
@@ -308,9 +324,10 @@ def train(
                     averaged = run.update
                 _check_finite(run)
             if saving:
-                checkpoints.save(
-                    checkpoint, run.update, parts, optimizers, run.rng, run.history, settings, run.team
-                )
+                with taking.settled():
+                    checkpoints.save(
+                        checkpoint, run.update, parts, optimizers, run.rng, run.history, settings, run.team
+                    )
     if run.team is not None:
         run.team.broadcast(run.network, run.critic, run.average)
         run.rng, run.team = common, None

@@ -91,11 +91,12 @@ def langevin(
 
     ``compile`` says how the steps are taken; the numbers are the plain loop's up to rounding, and so is
     the generator's state. False: one operation after the other. None: on a GPU a float32 or float64
-    ``nn.Module`` has its step captured once as a CUDA graph and replayed, whatever the weights, step
-    size and temperature; everything else, and an energy that cannot be captured, takes the plain loop.
-    True: on a GPU the captured step, elsewhere ``torch.compile``'s (seconds for the first call, hardly faster
-    on a CPU), or a ``companion._compiled.NotCompilableError`` that says why not. A captured energy must not
-    change between the steps of a call other than through x. With a ``callback`` the loop is always plain.
+    ``nn.Module`` has its steps captured once as a CUDA graph and replayed, the noise drawn within, up to 64
+    steps at a time, whatever the weights, step size and temperature; everything else, and an energy that
+    cannot be captured, takes the plain loop. True: on a GPU the captured steps, elsewhere
+    ``torch.compile``'s (seconds for the first call, hardly faster on a CPU), or a
+    ``companion._compiled.NotCompilableError`` that says why not. A captured energy must not change between
+    the steps of a call other than through x. With a ``callback`` the loop is always plain.
 
     Raises ``DivergenceError`` with step and gauges when an energy or state is not finite,
     ``ValueError`` for an argument out of range and for states of another shape than the energy names in
@@ -128,10 +129,65 @@ def langevin(
             if compile:
                 raise
             _compiled.give_up(energy)
-    x = x.detach().clone()
-    noise = torch.empty_like(x)
     watch = _Watch(x.device)
     path, energies = [], []
+
+    def after(step: int, x: Tensor, value: Tensor) -> None:
+        if record_every and (step + 1) % record_every == 0:
+            path.append(x.clone())
+            energies.append(value)
+        if callback is not None:
+            callback(step, x, value)
+
+    kernel, x, first, value, grad = _walk(
+        energy, x, steps, step_size, temperature, base_std, generator, watch, after
+    )
+    gauges = kernel.gauges(first, value, grad, x)
+    finite = watch.step >= 0 or bool(torch.isfinite(x).all())
+    return _chain(_compiled.Run(x, first, value, grad, path, energies, watch.step, finite), gauges, steps)
+
+
+def unasked(
+    energy: Energy,
+    x: Tensor,
+    steps: int,
+    step_size: float | Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    base_std: float | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Gauges, Tensor]:
+    """``langevin``'s plain loop for whoever must not wait for the device: it looks at no number it makes.
+
+    Returns the last states, the gauges, and on the device the step at which ``langevin`` would have raised,
+    -1 if it would not.
+    """
+    watch = _Watch(x.device, every=None)
+    kernel, x, first, value, grad = _walk(
+        energy, x, steps, step_size, temperature, base_std, generator, watch, lambda step, x, value: None
+    )
+    lost = ~torch.isfinite(x).all() & (watch.flag < 0)
+    trouble = watch.flag.masked_fill(lost, steps - 1)
+    return x, kernel.gauges(first, value, grad, x), trouble
+
+
+def _walk(
+    energy: Energy,
+    x: Tensor,
+    steps: int,
+    step_size: float | Tensor,
+    temperature: float | Tensor,
+    base_std: float | None,
+    generator: torch.Generator | None,
+    watch: _Watch,
+    after: Callback,
+) -> tuple[_Kernel, Tensor, Tensor, Tensor, Tensor]:
+    """The plain loop: kernel, last states, first energy, and energy and gradient at the last state but one.
+
+    It ends at the step at which ``watch`` sees trouble.
+    """
+    x = x.detach().clone()
+    noise = torch.empty_like(x)
     with frozen(energy):
         for step in range(steps):
             value, grad = energy_and_gradient(energy, x)
@@ -139,17 +195,11 @@ def langevin(
                 first = value
                 kernel = _Kernel.build(x, value, step_size, temperature, base_std)
             if watch.sees_trouble(step, value):
-                raise DivergenceError(watch.step, kernel.gauges(first, value, grad, x), "non-finite energy")
+                break
             noise.normal_(generator=generator)
             kernel.move(x, grad, noise)
-            if record_every and (step + 1) % record_every == 0:
-                path.append(x.clone())
-                energies.append(value)
-            if callback is not None:
-                callback(step, x, value)
-    finite = bool(torch.isfinite(x).all())
-    run = _compiled.Run(x, first, value, grad, path, energies, watch.step, finite)
-    return _chain(run, kernel.gauges(first, value, grad, x), steps)
+            after(step, x, value)
+    return kernel, x, first, value, grad
 
 
 def _chain(run: _compiled.Run, gauges: Gauges, steps: int) -> Chain:
@@ -292,7 +342,8 @@ class _Kernel:
         if self.base_std is not None:
             slope = slope + x / self.base_std**2
         size = math.prod(x.shape[value.ndim :])
-        noise = torch.as_tensor(self.eps).to(x).flatten().squeeze() * math.sqrt(size)
+        eps = self.eps if isinstance(self.eps, Tensor) else x.new_full((), self.eps)  # no copy from the host
+        noise = eps.flatten().squeeze() * math.sqrt(size)
         acceptance = torch.ones_like(value) if acceptance is None else acceptance
 
         def mean(v: Tensor) -> Tensor:
@@ -303,11 +354,12 @@ class _Kernel:
 
 
 class _Watch:
-    """Looks for non-finite energies without making a GPU wait at every step."""
+    """Looks for non-finite energies without making a GPU wait at every step, or, ``every`` None, at all."""
 
-    def __init__(self, device: torch.device, every: int = 50) -> None:
+    def __init__(self, device: torch.device, every: int | None = 50) -> None:
         self.every = every
-        self.flag = None if device.type == "cpu" else torch.full((), -1, device=device)
+        asked = device.type == "cpu" and every is not None
+        self.flag = None if asked else torch.full((), -1, device=device)
         self.first = -1
 
     @property
@@ -321,8 +373,9 @@ class _Watch:
             if not math.isfinite(total.item()):
                 self.first = step
             return self.first >= 0
-        self.flag = torch.where((self.flag < 0) & ~torch.isfinite(total), step, self.flag)
-        return step % self.every == self.every - 1 and self.step >= 0
+        # Not torch.where, which would bring the number to the device, and wait for that.
+        self.flag = self.flag.masked_fill((self.flag < 0) & ~torch.isfinite(total), step)
+        return self.every is not None and step % self.every == self.every - 1 and self.step >= 0
 
 
 def _check(

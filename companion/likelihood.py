@@ -11,6 +11,7 @@ rho = r_t / (eps sqrt(D)), drift over noise.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -23,11 +24,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from companion import checkpoint as checkpoints
+from companion._recorded import LOOK, Steps, chain_rows, late_divergence, take_chain_rows, tensors_of
 from companion.chains import Bank, LongRunBank
 from companion.checkpoint import CheckpointError
 from companion.diagnosis import Band, TrainingDiverged, diagnose
 from companion.distributed import Team, average_history
-from companion.langevin import DivergenceError, langevin
+from companion.langevin import Chain, DivergenceError, langevin, unasked
+
+LONGEST = 200  # steps of a chain that are recorded as part of an update; longer ones by themselves
 
 __all__ = ["CheckpointError", "Run", "load", "ml_loss", "ml_step", "save", "train"]
 
@@ -45,6 +49,9 @@ class Run:
     update: int = 0
     history: dict[str, list[Tensor]] = field(default_factory=dict)
     team: Team | None = None  #: while it is trained by several processes together
+    halt: Tensor | None = (
+        None  #: while updates are recorded: 1 from where a chain diverged, nothing moves then
+    )
 
     def trainable(self, module: nn.Module) -> nn.Module:
         """``module`` as it is called where its weights are to learn: behind DDP if there is a team."""
@@ -78,23 +85,26 @@ def ml_step(
     step_size: float | Tensor,
     temperature: float | Tensor,
     base_std: float | None = None,
+    compile: bool | None = None,
 ) -> dict[str, Tensor]:
     """One update of ``run`` on the (already noised) batch ``positive``; returns its gauges.
 
-    Draw chains, move them K steps, step the energy on L(theta), teach the network if there is one
-    (``|x- - G(z)|^2``, no gradient through the chain), put the chains back. Raises ``DivergenceError``.
+    Draw chains, move them K steps (``compile`` as in ``langevin``), step the energy on L(theta), teach the
+    network if there is one (``|x- - G(z)|^2``, no gradient through the chain), put the chains back. Raises
+    ``DivergenceError``; with ``run.halt`` it sets that instead, and the chain's own gauges and the step stand
+    among the others.
     """
     batch = positive.shape[len(run.bank.stack)]
     drawn = run.bank.draw(batch, run.rng)
-    chain = langevin(
-        run.energy,
-        drawn.x,
-        steps,
-        step_size,
-        temperature=temperature,
-        base_std=base_std,
-        generator=run.rng,
-    )
+    options = {"temperature": temperature, "base_std": base_std, "generator": run.rng}
+    told: dict[str, Tensor] = {}
+    if run.halt is None:
+        chain = langevin(run.energy, drawn.x, steps, step_size, compile=compile, **options)
+    else:
+        x, moved, trouble = unasked(run.energy, drawn.x, steps, step_size, **options)
+        run.halt.copy_(torch.maximum(run.halt, (trouble >= 0).to(run.halt)))
+        chain = Chain(torch.where(run.halt > 0, drawn.x, x), moved)  # the bank keeps finite states
+        told = chain_rows(moved, trouble)
     # A long-run bank hands out chains that only burn in, behind those that are the negatives.
     negative = chain.x.narrow(len(run.bank.stack), 0, batch)
     plus, minus = _energies(run.trainable(run.energy), positive, negative, stacked=bool(run.bank.stack))
@@ -115,7 +125,7 @@ def ml_step(
         run.network_optimizer.step()
         gauges["teaching"] = error.detach()
     gauges |= run.bank.put(drawn, chain.x, steps, run.rng)
-    return gauges | {"age": (drawn.age[..., :batch] + steps).float().mean(-1)}
+    return gauges | {"age": (drawn.age[..., :batch] + steps).float().mean(-1)} | told
 
 
 def train(
@@ -138,6 +148,7 @@ def train(
     checkpoint_every: int = 500,
     progress: bool | None = None,
     team: Team | None = None,
+    compile: bool | None = None,
 ) -> Run:
     """Bring ``run`` to ``updates`` updates on ``data`` ``(N, *shape)``; returns it.
 
@@ -156,6 +167,11 @@ def train(
     together: ``batch`` and the bank are divided evenly among them, which raises ``ValueError`` if it cannot
     be done; the networks must be alike and ``run.rng`` in the same state everywhere, as after the same seed.
     Batch normalisation of ``run.network`` sees one process's share. The log is written by rank 0.
+
+    ``compile``: None takes an update, its chains, its step and the bank, as one recorded call on a GPU (not
+    in a team, nor with more than 200 steps a chain), with the plain loop's numbers up to rounding; False
+    never; True raises ``NotCompilableError`` where that cannot be. Of a chain that diverges in a recorded
+    update one hears up to 20 updates later, but nothing has moved since, and the error names the update.
 
     Raises ``TrainingDiverged`` (a ``DivergenceError``) when chains leave every bound or a gauge its band,
     ``CheckpointError`` for a checkpoint of another run, ``ValueError`` for data that are no floats.
@@ -200,37 +216,54 @@ def train(
         load(run, checkpoint, settings)
         rates = [(group, group["initial_lr"]) for group in _groups(run)]  # loading replaced the groups
     began, first, averaged = time.monotonic(), run.update, run.update
+    walk = {
+        "steps": steps, "base_std": base_std, "step_size": _placed(step_size, data),
+        "temperature": _placed(temperature, data), "compile": False if compile is False else None,
+    }  # fmt: skip
+
+    def update() -> dict[str, Tensor]:
+        rows = torch.randint(len(data), (*run.bank.stack, batch), generator=run.rng, device=data.device)
+        positive = data[rows]
+        noise = torch.empty_like(positive)
+        if half_level:
+            positive = positive + noise.uniform_(-half_level, half_level, generator=run.rng)
+        positive = positive + data_noise * noise.normal_(generator=run.rng)
+        return ml_step(run, positive, **walk)
+
+    def state() -> list[Tensor]:
+        return [*tensors_of(run.energy, run.network), *run.bank.state_dict().values()]
+
+    taking = Steps(
+        _optimizers(run).values(), state, [run.rng], device=data.device, count=updates - run.update,
+        compile=compile if run.team is None and steps <= LONGEST else False, halting=True,
+    )  # fmt: skip
     bar = tqdm(total=updates, initial=run.update, disable=None if progress is None else not progress)
-    with bar:
+    rest = contextlib.ExitStack()
+    rest.callback(setattr, run, "halt", None)
+    told: list[dict[str, Tensor]] = []  # of the chains, since it was last asked whether one diverged
+    with bar, rest, taking:
         while run.update < updates:
+            run.halt = taking.halt
             for group, rate in rates:
-                group["lr"] = rate * (schedule(run.update / updates) if schedule else 1.0)
-            rows = torch.randint(len(data), (*run.bank.stack, batch), generator=run.rng, device=data.device)
-            positive = data[rows]
-            noise = torch.empty_like(positive)
-            if half_level:
-                positive = positive + noise.uniform_(-half_level, half_level, generator=run.rng)
-            positive = positive + data_noise * noise.normal_(generator=run.rng)
+                taking.set_rate(group, rate * (schedule(run.update / updates) if schedule else 1.0))
             try:
-                gauges = ml_step(
-                    run,
-                    positive,
-                    steps=steps,
-                    step_size=step_size,
-                    temperature=temperature,
-                    base_std=base_std,
+                gauges = taking.take("update", update)
+                told.append(take_chain_rows(gauges))
+                for name, value in gauges.items():
+                    run.history.setdefault(name, []).append(value)
+                run.update += 1
+                saving = checkpoint is not None and (
+                    run.update % checkpoint_every == 0 or run.update == updates
                 )
+                looking = run.update % window == 0 and (log is not None or bands is not None)
+                if saving or looking or len(told) >= LOOK or run.update == updates or taking.halt is None:
+                    _ask(run, told)
             except DivergenceError as error:
                 findings = diagnose(run.history, bands or {}, min(20, window))
                 raise TrainingDiverged(run.update, findings, error) from error
-            for name, value in gauges.items():
-                run.history.setdefault(name, []).append(value)
-            run.update += 1
             bar.update()
             if not bar.disable and run.update % 100 == 0:
                 bar.set_postfix({k: f"{v.mean().item():.3g}" for k, v in gauges.items()})
-            saving = checkpoint is not None and (run.update % checkpoint_every == 0 or run.update == updates)
-            looking = run.update % window == 0 and (log is not None or bands is not None)
             if run.team is not None and (saving or run.update % window == 0 or run.update == updates):
                 average_history(run.history, averaged, run.team)
                 averaged = run.update
@@ -240,13 +273,30 @@ def train(
                 if bands is not None and (findings := diagnose(run.history, bands, window)):
                     raise TrainingDiverged(run.update, findings)
             if saving:
-                save(run, checkpoint, settings)
+                with taking.settled():
+                    save(run, checkpoint, settings)
     if run.team is not None:
         run.bank.collect(run.team)
         run.team.broadcast(run.network)  # batch norm's statistics
         run.team.forget(run.energy, run.network)
         run.rng, run.team = common, None
     return run
+
+
+def _ask(run: Run, told: list[dict[str, Tensor]]) -> None:
+    """Raise ``DivergenceError`` if a chain diverged in a recorded update, ``run`` as it was before that."""
+    trouble = late_divergence(told)
+    told.clear()
+    if trouble is not None:
+        back, error = trouble
+        run.update -= back
+        for values in run.history.values():
+            del values[-back:]
+        raise error
+
+
+def _placed(value: float | Tensor, like: Tensor) -> float | Tensor:
+    return value.to(like) if isinstance(value, Tensor) else value
 
 
 def save(run: Run, folder: str | os.PathLike[str], settings: dict | None = None) -> Path:

@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from companion._recorded import LOOK, Steps, chain_rows, late_divergence, take_chain_rows, tensors_of
 from companion.energies import energy_and_gradient, frozen
 from companion.gan import critic_step
-from companion.langevin import Gauges, langevin
+from companion.langevin import Gauges, langevin, unasked
 from companion.purify import hessian_product
 
 __all__ = ["Field", "Refined", "data_space", "ddls", "dgflow", "dot", "finetune", "largest_step", "rejection"]
@@ -50,7 +51,7 @@ class Refined:
     path: Tensor | None = None  #: ``(records, *batch, *shape)``: samples along the way, if recorded
 
 
-class Field:
+class Field(nn.Module):
     """What a chain feels: E(x) = -D(x), or with a ``network`` E(z) = -D(G(z)) on latents ``(*batch, z)``.
 
     Both networks must be in eval mode if they have batch normalisation, whose batch statistics would couple
@@ -59,6 +60,7 @@ class Field:
     """
 
     def __init__(self, critic: nn.Module, network: nn.Module | None = None) -> None:
+        super().__init__()
         self.critic, self.network = critic, network
         for name, net in (("critic", critic), ("generator", network)):
             if net is not None:
@@ -75,7 +77,7 @@ class Field:
         with torch.no_grad():
             return state if self.network is None else self.network(state)
 
-    def __call__(self, state: Tensor) -> Tensor:
+    def forward(self, state: Tensor) -> Tensor:
         """E: ``(*batch, *shape)`` -> ``(*batch,)``."""
         return -self.critic(state if self.network is None else self.network(state))
 
@@ -91,10 +93,6 @@ class Field:
             (grad,) = torch.autograd.grad(x, state, slope)
         return -value, grad.neg()
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Of critic and network, for whoever freezes them."""
-        return [p for net in (self.critic, self.network) if net is not None for p in net.parameters()]
-
     def check(self, state: Tensor, latent: bool | None = None) -> None:
         """Raise ``ValueError`` for states that do not fit, or for the other space than the method's."""
         if latent is not None and latent != (self.network is not None):
@@ -102,6 +100,17 @@ class Field:
             raise ValueError(f"this method walks on {wanted}")
         if tuple(state.shape[-len(self.shape) :]) != self.shape:
             raise ValueError(f"the field takes states (*batch, *{self.shape}), got {tuple(state.shape)}")
+
+
+class _Climb(nn.Module):
+    """E = -f(D): what DGflow's other divergences descend."""
+
+    def __init__(self, field: Field, divergence: str) -> None:
+        super().__init__()
+        self.field, self.potential = field, _POTENTIALS[divergence]
+
+    def forward(self, state: Tensor) -> Tensor:
+        return -self.potential(-self.field(state))
 
 
 def data_space(
@@ -175,14 +184,8 @@ def dgflow(
     if divergence not in _POTENTIALS:
         raise ValueError(f"unknown divergence {divergence!r}: choose one of {', '.join(_POTENTIALS)}")
     field.check(start)
-    potential = _POTENTIALS[divergence]
-
-    def energy(state: Tensor) -> Tensor:
-        return -potential(-field(state))
-
-    energy = field if divergence == "kl" else energy
-    with frozen(field.critic), frozen(field.network):
-        return _walk(start, field, energy, steps, step_size, beta, None, generator, record_every)
+    energy = field if divergence == "kl" else _Climb(field, divergence)
+    return _walk(start, field, energy, steps, step_size, beta, None, generator, record_every)
 
 
 def dot(
@@ -253,6 +256,7 @@ def finetune(
     prior: float | None = 1.0,
     half_level: float = 0.0,
     schedule: Callable[[float], float] | None = None,
+    compile: bool | None = None,
     **loss: float | str | None,
 ) -> dict[str, Tensor]:
     """Discriminator contrastive divergence: ``updates`` steps of the critic against the ends of its chains.
@@ -262,7 +266,9 @@ def finetune(
     negatives of contrastive divergence; ``steps=0`` leaves G(z) and is the GAN's own critic step. ``loss``
     are the options of ``critic_loss``. The generator stays as it is, in eval mode, bit for bit; the critic is
     in eval mode while chains walk and in training mode for its step. Returns its gauges, ``(updates,)`` or
-    ``(updates, S)`` each. Source: Song et al. 2020, algorithm 1.
+    ``(updates, S)`` each. ``compile``: None takes an update, chains and penalty included, as one recorded
+    call on a GPU, with the plain loop's numbers up to rounding; False never; True raises
+    ``NotCompilableError`` where that cannot be. Source: Song et al. 2020, algorithm 1.
 
     Raises as ``data_space``, and ``ValueError`` when data and critic do not fit.
     """
@@ -273,25 +279,43 @@ def finetune(
     modes = [(net, net.training) for net in (critic, network)]
     groups = [(group, group["lr"]) for group in optimizer.param_groups]
     history: dict[str, list[Tensor]] = {}
-    network.eval()
+    told: list[dict[str, Tensor]] = []
+    walk = {"step_size": step_size, "beta": beta, "prior": prior if latent else None, "generator": generator}
+    network.eval(), critic.eval()
+    field = Field(critic, network if latent else None)
+    taking = Steps(
+        [optimizer], lambda: tensors_of(critic), [generator], device=data.device, count=updates,
+        compile=compile, halting=True,
+    )  # fmt: skip
+
+    def update() -> dict[str, Tensor]:
+        critic.eval()
+        rows = torch.randint(len(data), (*lead, batch), generator=generator, device=data.device)
+        real = data[rows]
+        if half_level:
+            noise = torch.empty_like(real)
+            real = real + noise.uniform_(-half_level, half_level, generator=generator)
+        z = torch.empty(*lead, batch, network.latent, device=data.device).normal_(generator=generator)
+        negative, gauges = _negatives(
+            field, network, z, steps, taking.halt, False if compile is False else None, **walk
+        )
+        critic.train()
+        return gauges | critic_step(critic, optimizer, real, negative, generator=generator, **loss)
+
     try:
-        for update in range(updates):
-            for group, rate in groups:
-                group["lr"] = rate * (schedule(update / updates) if schedule else 1.0)
-            critic.eval()
-            rows = torch.randint(len(data), (*lead, batch), generator=generator, device=data.device)
-            real = data[rows]
-            if half_level:
-                noise = torch.empty_like(real)
-                real = real + noise.uniform_(-half_level, half_level, generator=generator)
-            z = torch.empty(*lead, batch, network.latent, device=data.device).normal_(generator=generator)
-            negative, gauges = _negatives(
-                critic, network, z, steps, step_size, beta, latent, prior, generator
-            )
-            critic.train()
-            gauges |= critic_step(critic, optimizer, real, negative, generator=generator, **loss)
-            for name, value in gauges.items():
-                history.setdefault(name, []).append(value)
+        with taking:
+            for number in range(updates):
+                for group, rate in groups:
+                    taking.set_rate(group, rate * (schedule(number / updates) if schedule else 1.0))
+                gauges = taking.take("update", update)
+                told.append(take_chain_rows(gauges))
+                for name, value in gauges.items():
+                    history.setdefault(name, []).append(value)
+                if len(told) >= LOOK or number == updates - 1:
+                    trouble = late_divergence(told)
+                    told.clear()
+                    if trouble is not None:
+                        raise trouble[1]
     finally:
         for group, rate in groups:
             group["lr"] = rate
@@ -331,26 +355,34 @@ def largest_step(field: Field, start: Tensor, beta: float, iterations: int = 20)
 
 
 def _negatives(
-    critic: nn.Module,
+    field: Field,
     network: nn.Module,
     z: Tensor,
     steps: int,
+    halt: Tensor | None,
+    compile: bool | None,
+    *,
     step_size: float,
     beta: float,
-    latent: bool,
     prior: float | None,
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    """The chains' ends and their gauges; with ``halt``, of a recorded update, nothing is asked meanwhile."""
     with torch.no_grad():
         start = network(z)
     if steps == 0:
         return start, {}
-    options = {"generator": generator}
-    if latent:
-        ended = ddls(z, Field(critic, network), steps, step_size, beta, prior=prior, **options)
+    origin, rows = (start if field.network is None else z), {}
+    if halt is None:
+        ended = _walk(origin, field, field, steps, step_size, beta, prior, generator, None, compile)
+        x, gauges = ended.x, ended.gauges
     else:
-        ended = data_space(start, Field(critic), steps, step_size, beta, **options)
-    return ended.x, {"rho": ended.gauges.rho, "climb": ended.gauges.energy_start - ended.gauges.energy}
+        _check_range(steps, step_size, beta, prior)
+        walk = {"temperature": 1 / beta, "base_std": prior, "generator": generator}
+        x, gauges, trouble = unasked(field, origin, steps, step_size, **walk)
+        halt.copy_(torch.maximum(halt, (trouble >= 0).to(halt)))
+        x, rows = field.decode(torch.where(halt > 0, origin, x)), chain_rows(gauges, trouble)
+    return x, {"rho": gauges.rho, "climb": gauges.energy_start - gauges.energy} | rows
 
 
 def _walk(
@@ -363,11 +395,12 @@ def _walk(
     prior: float | None,
     generator: torch.Generator | None,
     record_every: int | None,
+    compile: bool | None = None,
 ) -> Refined:
     _check_range(steps, step_size, beta, prior)
     chain = langevin(
         energy, start, steps, step_size,
-        temperature=1 / beta, base_std=prior, generator=generator, record_every=record_every,
+        temperature=1 / beta, base_std=prior, generator=generator, record_every=record_every, compile=compile,
     )  # fmt: skip
     path = None if chain.path is None else torch.stack([field.decode(state) for state in chain.path])
     return _refined(field, chain.x, chain.gauges, path)

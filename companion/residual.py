@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from companion._recorded import Steps, tensors_of
 from companion.calibration import calibration_error, error_rate, hard_nll
 from companion.classifiers import Recipe, one_cycle, recipe
 from companion.data import Dataset
@@ -66,11 +67,18 @@ def augment(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
 
 
 def train_residual(
-    x: Tensor, y: Tensor, net: PlainResNet, how: Recipe, generator: torch.Generator, ascent: int | None = None
+    x: Tensor,
+    y: Tensor,
+    net: PlainResNet,
+    how: Recipe,
+    generator: torch.Generator,
+    ascent: int | None = None,
+    compile: bool | None = None,
 ) -> PlainResNet:
     """Train ``net`` in place on ``(N, C, H, W)``, ``(N,)``; SGD, Nesterov 0.9, one cycle, as ``train_stack``.
 
     ``ascent``: images of the batch, the first ones, from which the perturbation is computed; None for all.
+    ``compile`` as in ``train_stack``.
     Raises ``ValueError`` for flooding, MixUp and averaging, which have no arm here, and for fewer images than
     a batch; ``RuntimeError`` if a weight is not finite at the end.
     """
@@ -87,28 +95,33 @@ def train_residual(
         optimizer = Adversarial(sgd, how.rule, net, steps=how.steps, generator=generator)
     low = x.device.type == "cuda"
     net.train()
-    for epoch in range(how.epochs):
-        order = torch.randperm(len(x), generator=generator, device=x.device)
-        for i in range(updates):
-            rows = order[i * how.batch : (i + 1) * how.batch]
-            images = augment(x[rows], generator).contiguous(memory_format=torch.channels_last)
-            targets = y[rows]
 
-            def closure(images=images, targets=targets):  # noqa: ANN001, ANN202
-                with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
-                    loss = F.cross_entropy(net(images), targets, label_smoothing=how.smoothing)
-                sgd.zero_grad(set_to_none=True)
-                loss.backward()
-                return loss.detach()
+    def update(rows: Tensor) -> dict[str, Tensor]:
+        images, targets = augment(x[rows], generator), y[rows]
+        images = images.contiguous(memory_format=torch.channels_last)
 
-            def part(images=images, targets=targets, closure=closure):  # noqa: ANN001, ANN202
-                return closure(images[:ascent], targets[:ascent])
+        def closure(few: int | None = None) -> Tensor:
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
+                loss = F.cross_entropy(net(images[:few]), targets[:few], label_smoothing=how.smoothing)
+            sgd.zero_grad(set_to_none=True)
+            loss.backward()
+            return loss.detach()
 
-            sgd.param_groups[0]["lr"] = how.rate * one_cycle((epoch * updates + i) / (how.epochs * updates))
-            if how.rule is not None and ascent is not None:
-                optimizer.step(closure, ascent=part)
-            else:
-                optimizer.step(closure)
+        if how.rule is not None and ascent is not None:
+            return {"loss": optimizer.step(closure, ascent=lambda: closure(ascent))}
+        return {"loss": optimizer.step(closure)}
+
+    taking = Steps(
+        [sgd], lambda: tensors_of(net), [generator], device=x.device, count=how.epochs * updates,
+        compile=compile,
+    )  # fmt: skip
+    with taking:
+        for epoch in range(how.epochs):
+            order = torch.randperm(len(x), generator=generator, device=x.device)
+            for i in range(updates):
+                share = (epoch * updates + i) / (how.epochs * updates)
+                taking.set_rate(sgd.param_groups[0], how.rate * one_cycle(share))
+                taking.take("update", update, order[i * how.batch : (i + 1) * how.batch])
     if not all(bool(p.isfinite().all()) for p in net.parameters()):
         raise RuntimeError(f"the training left the numbers at rate {how.rate}: lower it, or the radius")
     return net

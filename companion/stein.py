@@ -32,6 +32,7 @@ from companion._kernel_stein import (
     stein_kernel,
 )
 from companion._learned_test import learned_stein_test, power_objective, train_power_critic, value_and_trace
+from companion._recorded import Steps, tensors_of
 from companion._stein_operator import (
     Critic,
     SteinTerms,
@@ -232,6 +233,7 @@ def train(
     clip: float | None = None,
     schedule: Callable[[float], float] | None = None,
     average: float | None = None,
+    compile: bool | None = None,
 ) -> SteinRun:
     """Bring ``run`` to ``steps`` steps on ``data``, ``(N, d)`` or a set a model, ``(S, N, d)``; returns it.
 
@@ -239,7 +241,9 @@ def train(
     fresh batch; ``steps`` counts both kinds. With ``loss(energy, x, generator)``, such as
     ``score_matching_loss``, every step is the energy's. ``schedule`` maps the share of training done, in
     [0, 1), to a factor on the learning rates. ``average`` keeps in ``run.average`` an energy whose weights
-    follow w <- average w + (1 - average) w_now at each of the energy's steps.
+    follow w <- average w + (1 - average) w_now at each of the energy's steps. ``compile``: None takes each
+    kind of step as one recorded call on a GPU, double backward and optimiser included, with the plain loop's
+    numbers up to rounding; False never; True raises ``NotCompilableError`` where that cannot be.
 
     Raises ``ValueError`` if there is neither critic nor loss, ``FloatingPointError`` with the step and the
     last gauges when one of them is not finite.
@@ -254,29 +258,44 @@ def train(
     rates = [(group, group.setdefault("initial_lr", group["lr"])) for group in groups]
     if average is not None and run.average is None:
         run.average = copy.deepcopy(run.energy).requires_grad_(False)
-    while run.step < steps:
-        for group, rate in rates:
-            group["lr"] = rate * (schedule(run.step / steps) if schedule else 1.0)
+
+    def batch_of_data() -> Tensor:
         rows = torch.randint(data.shape[-2], (*lead, batch), generator=run.rng, device=data.device)
-        x = data[model, rows] if own else data[rows]
-        if loss is None and run.step % (critic_steps + 1) < critic_steps:
-            gauges = critic_step(run, x, lam=lam, anchored=anchored, clip=clip)
+        return data[model, rows] if own else data[rows]
+
+    def of_the_critic() -> dict[str, Tensor]:
+        return critic_step(run, batch_of_data(), lam=lam, anchored=anchored, clip=clip)
+
+    def of_the_energy() -> dict[str, Tensor]:
+        x = batch_of_data()
+        if loss is None:
+            gauges = model_step(run, x, lam=lam, anchored=anchored, clip=clip)
         else:
-            if loss is None:
-                gauges = model_step(run, x, lam=lam, anchored=anchored, clip=clip)
-            else:
-                value = loss(run.energy, x, run.rng)
-                descend(run.optimizer, run.energy, value, clip)
-                gauges = {"loss": value.detach()}
-            if average is not None:
-                with torch.no_grad():
-                    for mean, now in zip(run.average.parameters(), run.energy.parameters(), strict=True):
-                        mean.lerp_(now, 1 - average)
-        run.step += 1
-        for name, value in gauges.items():
-            run.history.setdefault(name, []).append(value)
-        if run.step % 100 == 0 or run.step == steps:
-            _check_finite(run)
+            value = loss(run.energy, x, run.rng)
+            descend(run.optimizer, run.energy, value, clip)
+            gauges = {"loss": value.detach()}
+        if average is not None:
+            with torch.no_grad():
+                for mean, now in zip(run.average.parameters(), run.energy.parameters(), strict=True):
+                    mean.lerp_(now, 1 - average)
+        return gauges
+
+    def state() -> list[Tensor]:
+        return tensors_of(run.energy, run.critic, run.average)
+
+    optimizers = (run.optimizer, run.critic_optimizer)
+    settings = {"device": data.device, "count": steps - run.step, "compile": compile}
+    with Steps(optimizers, state, [run.rng], **settings) as taking:
+        while run.step < steps:
+            for group, rate in rates:
+                taking.set_rate(group, rate * (schedule(run.step / steps) if schedule else 1.0))
+            critic = loss is None and run.step % (critic_steps + 1) < critic_steps
+            gauges = taking.take(critic, of_the_critic if critic else of_the_energy)
+            run.step += 1
+            for name, value in gauges.items():
+                run.history.setdefault(name, []).append(value)
+            if run.step % 100 == 0 or run.step == steps:
+                _check_finite(run)
     return run
 
 

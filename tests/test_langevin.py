@@ -11,9 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tape import tape_capture
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from companion import _compiled
 from companion._compiled import NotCompilableError
@@ -203,48 +202,13 @@ def test_an_energy_that_is_not_one_number_a_chain_is_refused():
 # The step as one call. A CUDA graph cannot be had here; ``Tape`` stands in for it.
 
 
-class Tape(TorchDispatchMode):
-    """What a CUDA graph does, on a CPU: the operations of one call again, on the same memory.
-
-    Python is not asked again, so state in Python stays what it was at the recording; tensors are read anew.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("the host waits for the device")
-        out = func(*args, **(kwargs or {}))
-        self.rows.append((func, args, kwargs or {}, out))
-        return out
-
-    @torch.no_grad()
-    def replay(self):
-        for func, args, kwargs, out in self.rows:
-            read = [t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)]
-            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
-                if torch.is_tensor(old) and old.untyped_storage().data_ptr() not in read:
-                    old.copy_(new)
-
-
 @pytest.fixture
 def tapes(monkeypatch):
     """langevin as on a GPU, with tapes for graphs; the list of those recorded."""
     recorded = []
-
-    def capture(call, device):
-        tape = Tape()
-        for _ in range(3):
-            call()
-        with tape:
-            outputs = call()
-        recorded.append(tape)
-        return lambda: (tape.replay(), outputs)[1]
-
     monkeypatch.setattr(_compiled, "_mechanism", lambda device: "graph")
-    monkeypatch.setattr(_compiled, "_capture", capture)
+    monkeypatch.setattr(_compiled, "_capture", tape_capture(recorded))
+    monkeypatch.setattr(_compiled, "PAYS", 4)
     return recorded
 
 
@@ -324,6 +288,33 @@ def test_inductor_gives_the_plain_numbers_and_compiles_once_for_weights_step_siz
     both(energy, x, step_size=0.2, temperature=3.0)
     both(MLPEnergy((6,), (16,)), x)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+
+
+@pytest.mark.parametrize("every", [None, 6, 97])
+def test_a_long_chain_is_replayed_in_strides_with_the_plain_loops_noise(every, tapes):
+    """Up to 64 steps a replay, recorded once they pay: states, what is kept, the generator afterwards."""
+    energy, x = MLPEnergy((6,), (16,)), torch.randn(10, 6)
+    chain = both(energy, x, steps=5 * 97, record_every=every, compile=None)
+    assert every is None or len(chain.path) == 5 * 97 // every
+    (stepper,) = _compiled._recordings[energy].values()
+    assert sorted(stepper.strides) == {None: [1, 64], 6: [1, 6], 97: [1]}[every] and len(tapes) <= 2
+    both(energy, x, steps=20, compile=None)
+    both(energy, x, steps=20, compile=None)
+    both(energy, x, steps=9, record_every=3, base_std=None, compile=None)
+
+
+def test_strides_draw_noise_of_the_right_distribution(tapes):
+    """Var = s^2/(1 - eps^2/4s^2) at s = T = 1 for a flat start of 20,000 chains; 5 standard errors."""
+
+    class Quadratic(nn.Module):
+        def forward(self, x):
+            return x.square().sum(-1) / 2
+
+    energy = Quadratic()
+    for _ in range(2):
+        x = langevin(energy, torch.zeros(20_000, 1), 400, 1.0, generator=torch.Generator().manual_seed(1)).x
+    assert len(tapes) == 2
+    assert x.var().item() == pytest.approx(4 / 3, rel=5 * math.sqrt(2 / 20_000))
 
 
 def test_one_recording_serves_a_training(tapes):
@@ -423,6 +414,11 @@ def test_compiled_divergence_says_where(way, request, monkeypatch):
             langevin(energy, x, 500, 0.25, generator=torch.Generator().manual_seed(0), compile=compile)
         steps.append(caught.value.step)
     assert 10 < steps[0] == steps[1] < 500
+    for quiet in range(2):  # within a stride as well: the second call has one
+        langevin(energy, x * 0, 300, 1e-12, compile=True)
+        with pytest.raises(DivergenceError, match="non-finite energy") as caught:
+            langevin(energy, x, 300, 0.25, generator=torch.Generator().manual_seed(0), compile=True)
+        assert caught.value.step == steps[0], quiet
     with pytest.raises(DivergenceError) as caught:
         langevin(energy, x * math.nan, 5, 0.25, compile=True)
     assert caught.value.step == 0

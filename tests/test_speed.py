@@ -34,7 +34,7 @@ def Langevin_dynamics(samples, netD, n_steps, step_lr, noisel):
 def test_operations_and_bytes_are_those_of_the_calls():
     a, b = torch.randn(30, 40), torch.randn(40, 50)
 
-    def work():
+    def work(steps, compile):
         (a @ b).t().relu()  # a view moves nothing
 
     loop = limits.Loop("a product", "none", 1, work)
@@ -49,6 +49,21 @@ def test_every_loop_is_counted_and_published_costs_scale_with_the_chains():
         if "conv energy" not in loop.what:  # seconds
             operations, moved = limits.counted(loop)
             assert operations > 1e5 and moved > 1e4, loop.what
+
+
+def test_on_a_gpu_a_loop_is_timed_recorded_and_plain_without_what_recording_costs(monkeypatch):
+    calls, clock = [], {"now": 0.0}
+
+    def work(steps, compile):
+        calls.append((steps, compile))
+        clock["now"] += steps * 0.5 + (0.0 if compile is False else 7.0)  # 7: the recording
+
+    monkeypatch.setattr(limits, "seconds", lambda run, device: -clock["now"] + (run(), clock["now"])[1])
+    loop = limits.Loop("x", "none", 3, work, unit=6)
+    for compile in (None, False):
+        assert limits.step_time(loop, torch.device("cuda"), compile) == pytest.approx(0.5)
+    assert calls == [(60, None), (258, None), (60, False), (258, False)]
+    assert limits.step_time(loop, torch.device("cpu"), None) == pytest.approx((3 * 0.5 + 7) / 3)
 
 
 def checkout(folder, factor):
@@ -79,9 +94,12 @@ def test_tables_show_what_was_measured_and_say_what_was_not(tmp_path):
     assert "not measured yet" in text and "a GPU" in text
     record = json.loads((ROOT / "results/limits-cpu.json").read_text(encoding="utf-8"))
     record["device"] = "cuda (x)"
+    for i, row in enumerate(record["loops"]):
+        row["times_the_plain_loop"] = {"low": 7.5, "median": 8 + i, "high": 29.25}
     (tmp_path / "results/limits-cuda.json").write_text(json.dumps(record), encoding="utf-8")
     text = "\n".join(speed.limits(tmp_path))
     assert "## cuda (x)" in text and "measured yet" not in text.lower()
+    assert "| 9.0 (7.5 to 29.2) |" in text
     row = record["published"][0]
     days = row["operations"] * row["updates"] / 1e14 / 86400
     assert f"| {days:.1f} |" in "\n".join(speed.cost(tmp_path))

@@ -31,6 +31,17 @@ class Generated:
     relaxed: GraphBatch  #: before the threshold, with the node numbers asked for
 
 
+class _AtLevel(nn.Module):
+    """A graph energy at one noise level a graph: a module, so that one recording serves all levels."""
+
+    def __init__(self, energy: nn.Module, sigma: Tensor) -> None:
+        super().__init__()
+        self.energy, self.sigma = energy, sigma
+
+    def forward(self, a: Tensor) -> Tensor:
+        return self.energy(a, self.sigma)
+
+
 def annealed_langevin(
     energy: nn.Module,
     nodes: int,
@@ -56,13 +67,13 @@ def annealed_langevin(
     mean = energy.mean.detach()
     a = torch.empty(count, nodes * (nodes - 1) // 2, device=mean.device).normal_(generator=generator)
     a = mean + (energy.log_variance.detach().exp() + levels[0] ** 2).sqrt() * a
-    path = []
+    path, at_level = [], _AtLevel(energy, torch.empty(count, device=a.device))
+    sigma = at_level.sigma
     for level in levels:
-        sigma = torch.full((count,), level, device=a.device)
+        sigma.fill_(level)
         chain = langevin(
-            lambda x, sigma=sigma: energy(x, sigma), a, steps, level * math.sqrt(2 * ratio),
-            generator=generator, record_every=record_every,
-        )  # fmt: skip
+            at_level, a, steps, level * math.sqrt(2 * ratio), generator=generator, record_every=record_every
+        )
         a = chain.x
         if chain.path is not None:
             path.append(chain.path)

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from companion._recorded import Steps, tensors_of
 from companion._stein_operator import probe as draw_probe
 from companion._stein_operator import stein_terms
 from companion.energies import frozen
@@ -85,7 +86,15 @@ class Pool:
 
     def draw(self, batch: int, rng: torch.Generator) -> Tensor:
         """``batch`` graphs of one size, ``(batch, P)``: the size with its share, then with replacement."""
-        group = self.groups[int(torch.multinomial(self.counts, 1, generator=rng))]
+        return self.of_size(self.pick(rng), batch, rng)
+
+    def pick(self, rng: torch.Generator) -> int:
+        """A size, as its place in ``sizes``, with its share. ``rng`` on another device would make it wait."""
+        return int(torch.multinomial(self.counts.to(rng.device), 1, generator=rng))
+
+    def of_size(self, which: int, batch: int, rng: torch.Generator) -> Tensor:
+        """``batch`` graphs of the size at that place, ``(batch, P)``, with replacement."""
+        group = self.groups[which]
         return group[torch.randint(len(group), (batch,), generator=rng, device=group.device)]
 
     def draw_sizes(self, count: int, rng: torch.Generator) -> Tensor:
@@ -335,6 +344,7 @@ def train(
     schedule: Callable[[float], float] | None = None,
     exact: bool = False,
     progress: bool | None = None,
+    compile: bool | None = None,
 ) -> GraphRun:
     """Bring ``run`` to ``steps`` model steps by its method; returns it.
 
@@ -345,6 +355,10 @@ def train(
     which are sampled; ``critic_averaging`` that of the critic's, whose field is the anchored model's target
     (0: the critic as it is): its optimum stands still, so that the average is nearer to it.
     ``score_penalty`` adds that times ``E|u|^2 / P`` to the plain model's loss.
+
+    ``compile``: None takes either kind of step, a graph size at a time, as one recorded call on a GPU, with
+    the plain loop's numbers up to rounding; False never; True raises ``NotCompilableError`` where that
+    cannot be. Recorded, sizes are drawn on the CPU, so that no step waits for them.
 
     Raises ``DivergenceError`` with the step when a gauge is no longer finite; that is looked at every 50
     steps, so that a GPU need not wait.
@@ -361,37 +375,35 @@ def train(
     averaged = critic_averaging > 0 and run.method == "anchored"  # a plain critic's optimum moves
     slow_critic = copy.deepcopy(run.critic).requires_grad_(False) if averaged else None
     slow = list(slow_critic.parameters()) if averaged else []
-    for _ in tqdm(range(run.step, steps), disable=None if progress is None else not progress):
-        share = run.step / steps
-        factor = schedule(share) if schedule else final ** max(0.0, (share - hold) / (1 - hold))
-        for group, rate in rates:
-            group["lr"] = rate * factor * min(1.0, (run.step + 1) / warm_up)
-        for _ in range(critic_steps if run.critic is not None else 1):
-            clean = run.pool.draw(batch, run.rng)
-            sigma = run.levels[torch.multinomial(weights, batch, replacement=True, generator=run.rng)]
-            noise = torch.empty_like(clean).normal_(generator=run.rng)
-            a = clean + sigma.unsqueeze(-1) * noise
-            field_ = noise
-            if run.critic is not None:
-                with frozen(run.energy):
-                    loss, field_ = critic_loss(
-                        run.critic,
-                        run.energy,
-                        a,
-                        sigma,
-                        anchored=anchored,
-                        lam=lam,
-                        exact=exact,
-                        generator=run.rng,
-                    )
-                if run.method != "frozen":
-                    run.critic_optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    nn.utils.clip_grad_norm_(critic, clip)
-                    run.critic_optimizer.step()
-                    if slow:
-                        keep = min(critic_averaging, (1 + run.step) / (10 + run.step))
-                        torch._foreach_lerp_(slow, [p.detach() for p in critic], 1 - keep)
+
+    def of_the_critic(which: int, keep: float | Tensor) -> dict[str, Tensor]:
+        clean = run.pool.of_size(which, batch, run.rng)
+        sigma = run.levels[torch.multinomial(weights, batch, replacement=True, generator=run.rng)]
+        noise = torch.empty_like(clean).normal_(generator=run.rng)
+        a = clean + sigma.unsqueeze(-1) * noise
+        field_ = noise
+        if run.critic is not None:
+            with frozen(run.energy):
+                loss, field_ = critic_loss(
+                    run.critic,
+                    run.energy,
+                    a,
+                    sigma,
+                    anchored=anchored,
+                    lam=lam,
+                    exact=exact,
+                    generator=run.rng,
+                )
+            if run.method != "frozen":
+                run.critic_optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(critic, clip)
+                run.critic_optimizer.step()
+                if slow:
+                    _lerp(slow, critic, 1 - keep)
+        return {"a": a, "sigma": sigma, "noise": noise, "field": field_}
+
+    def of_the_energy(a: Tensor, sigma: Tensor, field_: Tensor, keep: float | Tensor) -> dict[str, Tensor]:
         if slow:
             with torch.no_grad():
                 field_ = slow_critic(a, sigma)
@@ -402,12 +414,50 @@ def train(
         value.backward()
         nn.utils.clip_grad_norm_(model, clip)
         run.optimizer.step()
-        keep = min(averaging, (1 + run.step) / (10 + run.step))  # forget the first steps faster
-        torch._foreach_lerp_(smooth, [p.detach() for p in model], 1 - keep)
-        if run.step % 50 == 0 or run.step == steps - 1:
-            _look(run, a, sigma, noise, field_, value)
-        run.step += 1
+        _lerp(smooth, model, 1 - keep)
+        return {"value": value.detach(), "field": field_}
+
+    def state() -> list[Tensor]:
+        return tensors_of(run.energy, run.average, run.critic, slow_critic)
+
+    taking = Steps(
+        optimizers, state, [run.rng], device=run.levels.device, count=steps - run.step, compile=compile
+    )
+    sizes = run.rng
+    if taking.recording and run.rng.device.type != "cpu":
+        start = torch.randint(2**31, (), generator=run.rng, device=run.rng.device).item()
+        sizes = torch.Generator().manual_seed(start)
+    with taking:
+        for _ in tqdm(range(run.step, steps), disable=None if progress is None else not progress):
+            share = run.step / steps
+            factor = schedule(share) if schedule else final ** max(0.0, (share - hold) / (1 - hold))
+            for group, rate in rates:
+                taking.set_rate(group, rate * factor * min(1.0, (run.step + 1) / warm_up))
+            early = (1 + run.step) / (10 + run.step)  # of an average: forget the first steps faster
+            for _ in range(critic_steps if run.critic is not None else 1):
+                which = run.pool.pick(sizes)
+                at = taking.take(
+                    ("critic", which),
+                    lambda keep, w=which: of_the_critic(w, keep),
+                    min(critic_averaging, early),
+                )
+            done = taking.take(
+                "energy", of_the_energy, at["a"], at["sigma"], at["field"], min(averaging, early)
+            )
+            if run.step % 50 == 0 or run.step == steps - 1:
+                _look(run, at["a"], at["sigma"], at["noise"], done["field"], done["value"])
+            run.step += 1
     return run
+
+
+@torch.no_grad()
+def _lerp(means: list[Tensor], now: list[Tensor], share: float | Tensor) -> None:
+    """Move each mean by ``share`` of its way towards ``now``."""
+    if isinstance(share, Tensor):  # of a recorded step; one call for all tensors takes a number only
+        for mean, new in zip(means, now, strict=True):
+            mean.lerp_(new, share)
+    else:
+        torch._foreach_lerp_(means, now, share)
 
 
 def _look(run: GraphRun, a: Tensor, sigma: Tensor, noise: Tensor, field_: Tensor, value: Tensor) -> None:
