@@ -2,13 +2,14 @@
 PYTHON ?= python3
 PROFILE ?= cpu
 JOBS ?= 1
+DEVICE ?= cpu
 PY := .venv/bin/python
 WITH_A_SITE := pages playground site_links
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup course test lint format chapter book pages clean constraints
-.PHONY: chapters site notebooks branch colab device links audit release
+.PHONY: chapters site notebooks branch colab measure device links audit release
 
 help: ## what there is
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -65,6 +66,21 @@ notebooks: setup ## a notebook a chapter for Colab, in build/notebooks
 branch: notebooks ## the same in build/branch, in the folder that this release has on the branch of notebooks
 	@rm -rf build/branch && mkdir -p build/branch
 	cp -R build/notebooks "build/branch/$$($(PY) book/notebooks.py --where)"
+
+measure: setup ## time the loops of DEVICE=cpu|cuda into results/; CHECKOUTS=folder adds those of other codes
+	$(PY) benchmarks/limits.py --device $(DEVICE) --out results/limits-$(DEVICE).json
+	$(PY) benchmarks/langevin_step.py --device $(DEVICE) $(if $(filter cuda,$(DEVICE)),--compile) \
+	  --out results/langevin-step-$(DEVICE).json
+	$(PY) benchmarks/perturb_step.py --device $(DEVICE) $(call beside,official,AMP-Regularizer/amp.py) \
+	  $(call beside,sam,sam/sam.py) --out results/perturb-step-$(DEVICE).json
+	$(PY) benchmarks/cifar_step.py --device $(DEVICE) $(call beside,airbench,cifar10-airbench) \
+	  $(if $(filter cpu,$(DEVICE)),--batch 256 --batches 2) --out results/cifar-step-$(DEVICE).json
+	$(if $(CHECKOUTS),$(PY) benchmarks/side_by_side.py --device $(DEVICE) $(call beside,lsd,LSD) \
+	  $(call beside,edp,GraphScoreMatching) $(call beside,dgflow,DGflow) \
+	  $(call beside,dcd,Discriminator-Contrastive-Divergence) --out results/side-by-side-$(DEVICE).json)
+
+# --NAME FOLDER for a checkout that is there
+beside = $(if $(wildcard $(CHECKOUTS)/$(2)),--$(1) $(CHECKOUTS)/$(2))
 
 device: setup ## say which GPU torch uses; an error where it has none
 	$(PY) tools/device.py

@@ -28,15 +28,15 @@ from torch import Tensor, nn
 
 from companion.classifiers import StackedConvNet
 from companion.perturb import AMP, SAM, Adversarial, Rule
-from companion.record import environment
+from companion.record import environment, pick_device
 
 RATE = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
 Step = Callable[[Tensor, Tensor], object]
 
 
-def network() -> nn.Module:
+def network(device: torch.device) -> nn.Module:
     """The chapter's network, one model, from the same weights each time."""
-    return StackedConvNet((1, 8, 8), 10, 1, generator=torch.Generator().manual_seed(0))
+    return StackedConvNet((1, 8, 8), 10, 1, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def closure_of(net: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
@@ -51,9 +51,11 @@ def closure_of(net: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
     return closure
 
 
-def companion_step(rule: Rule | None, quarter: bool = False, **options: object) -> tuple[nn.Module, Step]:
+def companion_step(
+    device: torch.device, rule: Rule | None, quarter: bool = False, **options: object
+) -> tuple[nn.Module, Step]:
     """Plain SGD for no rule, else the wrapped one; a ``quarter`` of the batch may serve the ascent."""
-    net = network()
+    net = network(device)
     base = torch.optim.SGD(net.parameters(), **RATE)
     if rule is None:
         return net, lambda x, y: base.step(closure_of(net, x, y))
@@ -67,9 +69,9 @@ def companion_step(rule: Rule | None, quarter: bool = False, **options: object) 
     return net, step
 
 
-def official_step(module: ModuleType) -> tuple[nn.Module, Step]:
+def official_step(device: torch.device, module: ModuleType) -> tuple[nn.Module, Step]:
     """The official optimiser, whose closure returns (outputs, loss)."""
-    net = network()
+    net = network(device)
     options = {k: v for k, v in RATE.items() if k != "lr"}
     optimizer = module.AMP(net.parameters(), lr=RATE["lr"], epsilon=0.5, inner_lr=1, inner_iter=1, **options)
 
@@ -80,9 +82,9 @@ def official_step(module: ModuleType) -> tuple[nn.Module, Step]:
     return net, step
 
 
-def sam_step(module: ModuleType) -> tuple[nn.Module, Step]:
+def sam_step(device: torch.device, module: ModuleType) -> tuple[nn.Module, Step]:
     """The public SAM in its two-call form."""
-    net = network()
+    net = network(device)
     optimizer = module.SAM(net.parameters(), torch.optim.SGD, rho=0.05, **RATE)
 
     def step(x: Tensor, y: Tensor) -> object:
@@ -128,34 +130,40 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=41, help="turns")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    device = pick_device(args.device)
     gen = torch.Generator().manual_seed(1)
-    x = torch.randn(args.batch, 1, 8, 8, generator=gen)
-    y = torch.randint(10, (args.batch,), generator=gen)
+    x = torch.randn(args.batch, 1, 8, 8, generator=gen).to(device)
+    y = torch.randint(10, (args.batch,), generator=gen).to(device)
     contenders = {
-        "erm": companion_step(None),
-        "amp": companion_step(AMP(0.5)),
-        "amp, per tensor, all statistics": companion_step(AMP(0.5, 1.0, "per_tensor"), statistics="all"),
-        "amp, quarter of the batch": companion_step(AMP(0.5), quarter=True),
-        "sam": companion_step(SAM(0.05)),
+        "erm": companion_step(device, None),
+        "amp": companion_step(device, AMP(0.5)),
+        "amp, per tensor, all statistics": companion_step(
+            device, AMP(0.5, 1.0, "per_tensor"), statistics="all"
+        ),
+        "amp, quarter of the batch": companion_step(device, AMP(0.5), quarter=True),
+        "sam": companion_step(device, SAM(0.05)),
     }
     if args.official is not None:
         module = module_at(args.official)
-        mine = companion_step(AMP(0.5, 1.0, "per_tensor"), statistics="all")
-        check_same("the official optimiser", mine, official_step(module), x, y)
-        contenders["official AMP"] = official_step(module)
+        mine = companion_step(device, AMP(0.5, 1.0, "per_tensor"), statistics="all")
+        check_same("the official optimiser", mine, official_step(device, module), x, y)
+        contenders["official AMP"] = official_step(device, module)
     if args.sam is not None:
         module = module_at(args.sam)
-        check_same("davda54/sam", companion_step(SAM(0.05)), sam_step(module), x, y)
-        contenders["davda54/sam"] = sam_step(module)
+        check_same("davda54/sam", companion_step(device, SAM(0.05)), sam_step(device, module), x, y)
+        contenders["davda54/sam"] = sam_step(device, module)
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(args.repeats + 1):
         for name, (_, step) in contenders.items():
             began = time.perf_counter()
             for _ in range(5):
                 step(x, y)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             if turn:  # the first turn warms up
                 times[name].append((time.perf_counter() - began) / 5)
     seconds = {name: torch.tensor(values, dtype=torch.double) for name, values in times.items()}
@@ -172,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
         command = ["python benchmarks/perturb_step.py", *(argv if argv is not None else sys.argv[1:])]
         record = {
             "command": " ".join(map(_short, command)),
-            **environment(),
+            **environment(device),
             "threads": args.threads,
             "batch": args.batch,
             "repeats": args.repeats,

@@ -333,4 +333,5 @@ def _parts(
         "limits": lambda: speed.limits(root),
         "beside": lambda: speed.beside(root),
         "cost": lambda: speed.cost(root),
+        "throughput": lambda: speed.throughput(root),
     }

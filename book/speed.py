@@ -1,7 +1,7 @@
 """The tables of the pages on speed: from the timings kept under ``results/``, and from nothing else.
 
-``benchmarks/limits.py``, ``side_by_side.py``, ``langevin_step.py`` and ``perturb_step.py`` write what stands
-there; what none of them has measured yet is a row that says so.
+``benchmarks/limits.py``, ``side_by_side.py``, ``langevin_step.py``, ``perturb_step.py`` and ``cifar_step.py``
+write what stands there; what none of them has measured yet is a row that says so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from parameters import BookError
 from recorded import NOT_YET, as_table
 
-__all__ = ["beside", "cost", "limits"]
+__all__ = ["beside", "cost", "limits", "throughput"]
 
 TITLES = {
     "lsd": "LSD training (Grathwohl 2020)",
@@ -124,6 +124,21 @@ def beside(root: Path) -> list[str]:
         rows.append(["all of these", "", NOT_YET, NOT_YET, "", "a GPU"])
     head = ["what", "beside", "times faster", "seeds side by side", "note", "device"]
     return as_table(head, rows)
+
+
+def throughput(root: Path) -> list[str]:
+    """Examples a second of the arms on images of CIFAR-10's size, beside the fastest public trainer's."""
+    records, rows = _records(root, "cifar-step-*.json"), []
+    for record in records:
+        for name, row in record["rows"].items():
+            share = row.get("of_the_trainer")
+            rows.append([
+                name, _quartiles(row["examples_a_second"], digits=0),
+                _quartiles(share) if share else NOT_YET, str(record["batch"]), record["device"],
+            ])  # fmt: skip
+    if not _on_gpu(records):
+        rows.append(["all of these", NOT_YET, NOT_YET, "", "a GPU"])
+    return as_table(["training", "examples a second", "of the trainer's", "batch", "device"], rows)
 
 
 def cost(root: Path) -> list[str]:

@@ -15,6 +15,7 @@ import speed  # noqa: E402
 from parameters import BookError  # noqa: E402
 
 limits = importlib.import_module("limits")
+cifar_step = importlib.import_module("cifar_step")
 side_by_side = importlib.import_module("side_by_side")
 
 THEIRS = """
@@ -86,6 +87,52 @@ def test_a_checkout_is_timed_and_one_that_does_something_else_is_refused(tmp_pat
         side_by_side.main(["--dcd", str(tmp_path / "nowhere")])
 
 
+AIRBENCH = """
+import torchvision
+import torchvision.transforms as T
+from torch import nn
+
+class CifarNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=4).half()
+        self.head = nn.Linear(4, CLASSES).half()
+
+    def forward(self, x):
+        return self.head(self.conv(x).amax((2, 3)))
+"""
+
+
+def test_the_arms_are_timed_on_the_trainers_network(tmp_path):
+    folder, out = tmp_path / "cifar10-airbench", tmp_path / "step.json"
+    folder.mkdir()
+    small = ["--batch", "8", "--batches", "1", "--repeats", "1", "--width", "2", "--out", str(out)]
+    with pytest.raises(SystemExit, match="holds no airbench94_muon.py"):
+        cifar_step.main(["--airbench", str(folder), *small])
+    module = folder / "airbench94_muon.py"
+    module.write_text(AIRBENCH.replace("CLASSES", "7"), encoding="utf-8")
+    with pytest.raises(SystemExit, match="not to 10 classes"):
+        cifar_step.main(["--airbench", str(folder), *small])
+    module.write_text(AIRBENCH.replace("CifarNet", "Other"), encoding="utf-8")
+    with pytest.raises(SystemExit, match="has no CifarNet"):
+        cifar_step.main(["--airbench", str(folder), *small])
+    module.write_text(AIRBENCH.replace("CLASSES", "10"), encoding="utf-8")
+    cifar_step.main(["--airbench", str(folder), *small])
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert record["parameters"]["airbench's network"] == 4 * 27 + 4 + 4 * 10 + 10
+    assert len(record["rows"]) == 7 and record["rows"]["airbench"]["of_the_trainer"]["median"] == 1
+    assert all(row["examples_a_second"]["median"] > 0 for row in record["rows"].values())
+    assert str(tmp_path) not in out.read_text(encoding="utf-8")
+    assert record["command"].endswith(
+        "--airbench cifar10-airbench --batch 8 --batches 1 --repeats 1 --width 2"
+    )
+    cifar_step.main(small)
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert len(record["rows"]) == 3 and record["trainer"] is None
+    with pytest.raises(SystemExit):
+        cifar_step.main(["--batch", "1"])
+
+
 def test_tables_show_what_was_measured_and_say_what_was_not(tmp_path):
     (tmp_path / "results").mkdir()
     assert "Not measured yet" in "\n".join(speed.limits(tmp_path))
@@ -112,4 +159,5 @@ def test_the_kept_records_fill_the_pages():
     text = "\n".join(speed.beside(ROOT))
     for name in ("Grathwohl 2020", "Niu 2020", "Ansari 2021", "Song 2020", "Zheng 2021", "TorchEBM"):
         assert name in text, name
+    assert "amp, quarter of the batch, airbench's network" in "\n".join(speed.throughput(ROOT))
     assert "\n".join(speed.limits(ROOT)).count("matmul") > 3 and "short-run" in "\n".join(speed.cost(ROOT))

@@ -93,10 +93,12 @@ def test_the_step_is_timed_and_written(tmp_path, capsys):
 
 def test_a_contender_that_takes_another_step_is_not_timed():
     bench = script("perturb_step")
-    x, y = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
-    bench.check_same("itself", bench.companion_step(None), bench.companion_step(None), x, y)
+    x, y, cpu = torch.randn(16, 1, 8, 8), torch.arange(16) % 10, torch.device("cpu")
+    bench.check_same("itself", bench.companion_step(cpu, None), bench.companion_step(cpu, None), x, y)
     with pytest.raises(SystemExit, match="nothing was timed"):
-        bench.check_same("SGD", bench.companion_step(bench.AMP(3.0)), bench.companion_step(None), x, y)
+        bench.check_same(
+            "SGD", bench.companion_step(cpu, bench.AMP(3.0)), bench.companion_step(cpu, None), x, y
+        )
 
 
 def test_the_recorded_timings_hold_what_the_chapter_says():
