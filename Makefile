@@ -68,6 +68,7 @@ branch: notebooks ## the same in build/branch, in the folder that this release h
 	cp -R build/notebooks "build/branch/$$($(PY) book/notebooks.py --where)"
 
 measure: setup ## time the loops of DEVICE=cpu|cuda into results/; CHECKOUTS=folder adds those of other codes
+	$(PY) benchmarks/budget.py --out results/budget-gpu.json
 	$(PY) benchmarks/limits.py --device $(DEVICE) --out results/limits-$(DEVICE).json
 	$(PY) benchmarks/langevin_step.py --device $(DEVICE) $(if $(filter cuda,$(DEVICE)),--compile) \
 	  --out results/langevin-step-$(DEVICE).json

@@ -4,11 +4,11 @@
 
 Every loop that takes the book's time is run for a few steps, as the chapters run it. Its operations are
 those of the matrix products and convolutions it calls (two for a multiply-add); its bytes are what all its
-calls read and write, as if nothing stayed in a cache. Beside them stand the device's own ceilings, measured
-in the same turns: a large matrix product, the best of several convolutions, a large copy. From these come
-the two shares: of the arithmetic rate of its kind, products or convolutions, and of the copy rate, which
-passes 100 % where the data never leave the cache. A loop far from both is made of calls too small to fill
-the device.
+calls read and write, as if nothing stayed in a cache; its calls are what a GPU would have to launch. Beside
+them stand the device's own ceilings, measured in the same turns: a large matrix product, the best of several
+convolutions, a large copy. From these come the two shares: of the arithmetic rate of its kind, products or
+convolutions, and of the copy rate, which passes 100 % where the data never leave the cache. A loop far from
+both is made of calls too small to fill the device.
 
 ``--device cuda`` runs the same on a GPU, where loops are recorded and replayed. Each is timed by the
 difference between a long and a short run, which leaves out what recording costs, and beside itself as the
@@ -56,15 +56,15 @@ class Loop:
 
 
 class Count(TorchDispatchMode):
-    """Counts operations (two a multiply-add) of products and convolutions, and the bytes of every call.
+    """Counts calls, their bytes, and operations (two a multiply-add) of products and convolutions.
 
     torch's own counter of operations does the former, but hooks into modules, which a gradient penalty's
-    ``autograd.grad`` does not bear. A view moves no bytes.
+    ``autograd.grad`` does not bear. A view moves no bytes and is no call.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = self.bytes = 0
+        self.operations = self.bytes = self.calls = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         kwargs = kwargs or {}
@@ -73,6 +73,7 @@ class Count(TorchDispatchMode):
         if formula is not None:
             self.operations += formula(*args, **kwargs, out_val=out)
         if not func.is_view and func.overloadpacket not in (torch.ops.aten.detach, torch.ops.aten.empty):
+            self.calls += 1
             tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
             self.bytes += sum(t.numel() * t.element_size() for t in tensors.values())
         return out
@@ -141,12 +142,12 @@ def loops(device: torch.device) -> list[Loop]:
     return found
 
 
-def counted(loop: Loop) -> tuple[float, float]:
-    """Operations and bytes of one step."""
+def counted(loop: Loop) -> tuple[float, float, float]:
+    """Operations, bytes and calls of one step."""
     loop.work(loop.steps, False)
     with Count() as count:
         loop.work(loop.steps, False)
-    return count.operations / loop.steps, count.bytes / loop.steps
+    return tuple(v / loop.steps for v in (count.operations, count.bytes, count.calls))
 
 
 def step_time(loop: Loop, device: torch.device, compile: bool | None) -> float:
@@ -185,12 +186,12 @@ def measure(device: torch.device, repeats: int, size: int) -> dict[str, object]:
             for values in [*times, *plain, *rates.values()]:
                 values.clear()
     rows = []
-    for loop, (operations, moved), own, unrecorded in zip(todo, numbers, times, plain, strict=True):
+    for loop, (operations, moved, calls), own, unrecorded in zip(todo, numbers, times, plain, strict=True):
         of_rate = [operations / t / 1e9 / rate for t, rate in zip(own, rates[loop.ceiling], strict=True)]
         of_copy = [moved / t / 1e9 / rate for t, rate in zip(own, rates["copy"], strict=True)]
         rows.append({
             "loop": loop.what, "chapter": loop.chapter, "operations": round(operations),
-            "bytes": round(moved), "milliseconds": spread([1e3 * t for t in own]),
+            "bytes": round(moved), "calls": round(calls), "milliseconds": spread([1e3 * t for t in own]),
             "ceiling": loop.ceiling, "of_arithmetic": spread(of_rate), "of_copy": spread(of_copy),
         })  # fmt: skip
         if unrecorded:

@@ -332,6 +332,7 @@ def _parts(
         "rooms": lambda: reference.room_table(root),
         "limits": lambda: speed.limits(root),
         "beside": lambda: speed.beside(root),
+        "budget": lambda: speed.budget(root),
         "cost": lambda: speed.cost(root),
         "throughput": lambda: speed.throughput(root),
     }

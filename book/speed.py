@@ -13,7 +13,7 @@ from typing import Any
 from parameters import BookError
 from recorded import NOT_YET, as_table
 
-__all__ = ["beside", "cost", "limits", "throughput"]
+__all__ = ["beside", "budget", "cost", "limits", "throughput"]
 
 TITLES = {
     "lsd": "LSD training (Grathwohl 2020)",
@@ -55,6 +55,7 @@ def limits(root: Path) -> list[str]:
             f"{versions}, {record['threads']} threads, median of {record['repeats']} turns with quartiles. "
             f"Ceilings in 10⁹ operations, and for the copy 10⁹ bytes, a second: {ceilings}.", "",
         ]  # fmt: skip
+        counted = all("calls" in row for row in record["loops"])
         recorded = all("times_the_plain_loop" in row for row in record["loops"])
         rows = [
             [
@@ -62,6 +63,7 @@ def limits(root: Path) -> list[str]:
                 f"[{row['chapter']}]({row['chapter']}.md)",
                 f"{row['operations'] / 1e6:,.0f}",
                 f"{row['bytes'] / 1e6:,.0f}",
+                *([f"{row['calls']:,}"] if counted else []),
                 _quartiles(row["milliseconds"], digits=1 if row["milliseconds"]["low"] > 10 else 2),
                 f"{_quartiles(row['of_arithmetic'], 100, 0, ' %')} of {row['ceiling'].split()[0]}",
                 _quartiles(row["of_copy"], 100, 0, " %"),
@@ -74,6 +76,7 @@ def limits(root: Path) -> list[str]:
             "chapter",
             "10⁶ operations",
             "MB",
+            *(["calls"] if counted else []),
             "ms",
             "of the arithmetic rate",
             "of the copy rate",
@@ -139,6 +142,22 @@ def throughput(root: Path) -> list[str]:
     if not _on_gpu(records):
         rows.append(["all of these", NOT_YET, NOT_YET, "", "a GPU"])
     return as_table(["training", "examples a second", "of the trainer's", "batch", "device"], rows)
+
+
+def budget(root: Path) -> list[str]:
+    """Estimated minutes of each chapter's long loops on a T4, from counted operations and calls."""
+    record = json.loads((root / "results/budget-gpu.json").read_text(encoding="utf-8"))
+    rows: dict[str, list[float]] = {}
+    for row in record["loops"]:
+        sums = rows.setdefault(row["chapter"], [0.0, 0.0, 0.0])
+        for i, name in enumerate(("operations", "calls", "minutes")):
+            sums[i] += row[name]
+    head = ["chapter", "10¹⁴ operations", "10⁶ calls", "estimated minutes on a T4"]
+    shown = [
+        [f"[{name}]({name}.md)", f"{ops / 1e14:.1f}", f"{calls / 1e6:.0f}", f"{minutes:.1f}"]
+        for name, (ops, calls, minutes) in rows.items()
+    ]
+    return as_table(head, shown)
 
 
 def cost(root: Path) -> list[str]:

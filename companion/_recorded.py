@@ -42,8 +42,6 @@ LOOK = 20  # recorded updates after which a loop asks whether a chain has diverg
 
 Update = Callable[..., dict[str, Tensor]]
 _RECORDABLE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
-
-
 _CHAIN = "chain."  # of a result that tells how an update's chains went
 
 

@@ -115,7 +115,8 @@ def langevin(
     True
     """
     _check(energy, x, steps, step_size, temperature, base_std, record_every)
-    how = None if callback is not None else _compiled.choose(compile, energy, x)
+    plain = callback is not None or (generator is not None and generator.device.type != x.device.type)
+    how = None if plain else _compiled.choose(compile, energy, x)  # such a generator: torch's own error
     if how is not None:
         try:
             with frozen(energy), torch.no_grad():

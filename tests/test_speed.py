@@ -15,6 +15,7 @@ import speed  # noqa: E402
 from parameters import BookError  # noqa: E402
 
 limits = importlib.import_module("limits")
+budget = importlib.import_module("budget")
 cifar_step = importlib.import_module("cifar_step")
 side_by_side = importlib.import_module("side_by_side")
 
@@ -39,8 +40,8 @@ def test_operations_and_bytes_are_those_of_the_calls():
         (a @ b).t().relu()  # a view moves nothing
 
     loop = limits.Loop("a product", "none", 1, work)
-    operations, moved = limits.counted(loop)
-    assert operations == 2 * 30 * 40 * 50
+    operations, moved, calls = limits.counted(loop)
+    assert operations == 2 * 30 * 40 * 50 and calls == 2
     assert moved == 4 * (30 * 40 + 40 * 50 + 30 * 50) + 4 * 2 * (30 * 50)
 
 
@@ -48,8 +49,8 @@ def test_every_loop_is_counted_and_published_costs_scale_with_the_chains():
     torch.manual_seed(0)
     for loop in limits.loops(torch.device("cpu")):
         if "conv energy" not in loop.what:  # seconds
-            operations, moved = limits.counted(loop)
-            assert operations > 1e5 and moved > 1e4, loop.what
+            operations, moved, calls = limits.counted(loop)
+            assert operations > 1e5 and moved > 1e4 and 5 < calls < 3000, loop.what
 
 
 def test_on_a_gpu_a_loop_is_timed_recorded_and_plain_without_what_recording_costs(monkeypatch):
@@ -85,6 +86,24 @@ def test_a_checkout_is_timed_and_one_that_does_something_else_is_refused(tmp_pat
         side_by_side.main(["--dcd", checkout(tmp_path / "b", 0.5), "--repeats", "2"])
     with pytest.raises(SystemExit):
         side_by_side.main(["--dcd", str(tmp_path / "nowhere")])
+
+
+def test_the_gpu_profile_fits_a_t4_by_the_count_of_its_present_sizes():
+    """The kept record is that of the profile as it stands; a changed size needs a new count."""
+    kept = json.loads((ROOT / "results/budget-gpu.json").read_text(encoding="utf-8"))
+    loops = budget.all_loops("gpu")
+    assert [(loop.chapter, loop.what) for loop in loops] == [(r["chapter"], r["loop"]) for r in kept["loops"]]
+    for loop, row in zip(loops, kept["loops"], strict=True):
+        assert loop.times * loop.operations == pytest.approx(row["operations"], rel=1e-6), loop
+        assert loop.minutes == pytest.approx(row["minutes"], abs=0.006), loop
+    chapters = {loop.chapter for loop in loops}
+    assert len(chapters) == 7
+    for chapter in chapters:
+        assert sum(loop.minutes for loop in loops if loop.chapter == chapter) < budget.LIMIT, chapter
+    one = budget.Loop("x", "y", 60, 2 * budget.SHARE * budget.RATE, 0)
+    assert one.minutes == pytest.approx(2)
+    text = "\n".join(speed.budget(ROOT))
+    assert "[short-run](short-run.md)" in text and "estimated" in text
 
 
 AIRBENCH = """
@@ -142,11 +161,12 @@ def test_tables_show_what_was_measured_and_say_what_was_not(tmp_path):
     record = json.loads((ROOT / "results/limits-cpu.json").read_text(encoding="utf-8"))
     record["device"] = "cuda (x)"
     for i, row in enumerate(record["loops"]):
+        row["calls"] = 1234
         row["times_the_plain_loop"] = {"low": 7.5, "median": 8 + i, "high": 29.25}
     (tmp_path / "results/limits-cuda.json").write_text(json.dumps(record), encoding="utf-8")
     text = "\n".join(speed.limits(tmp_path))
     assert "## cuda (x)" in text and "measured yet" not in text.lower()
-    assert "| 9.0 (7.5 to 29.2) |" in text
+    assert "| 9.0 (7.5 to 29.2) |" in text and "| 1,234 |" in text
     row = record["published"][0]
     days = row["operations"] * row["updates"] / 1e14 / 86400
     assert f"| {days:.1f} |" in "\n".join(speed.cost(tmp_path))
