@@ -305,7 +305,8 @@ def train(
         return tensors_of(run.network, run.critic, run.average)
 
     taking = Steps(
-        optimizers.values(), state, [run.rng], device=data.device, count=updates - run.update,
+        optimizers.values(), state, [run.rng], device=data.device,
+        count=updates - (0 if checkpoint else run.update),  # recorded or not, also where it is resumed
         compile=compile if run.team is None else False,
     )  # fmt: skip
     bar = tqdm(total=updates, initial=run.update, disable=None if progress is None else not progress)

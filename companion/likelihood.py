@@ -234,7 +234,8 @@ def train(
         return [*tensors_of(run.energy, run.network), *run.bank.state_dict().values()]
 
     taking = Steps(
-        _optimizers(run).values(), state, [run.rng], device=data.device, count=updates - run.update,
+        _optimizers(run).values(), state, [run.rng], device=data.device,
+        count=updates - (0 if checkpoint else run.update),  # recorded or not, also where it is resumed
         compile=compile if run.team is None and steps <= LONGEST else False, halting=True,
     )  # fmt: skip
     bar = tqdm(total=updates, initial=run.update, disable=None if progress is None else not progress)
