@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import types
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -377,7 +378,9 @@ def _capture(
         side.wait_stream(main)
         try:
             # An energy that waits for the GPU is refused here; in a capture it would upset the allocator.
-            torch.cuda.set_sync_debug_mode("error")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+                torch.cuda.set_sync_debug_mode("error")
             with torch.cuda.stream(side):
                 for _ in range(warm_up):
                     call()

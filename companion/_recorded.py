@@ -75,6 +75,18 @@ def tensors_of(*modules: nn.Module | None) -> list[Tensor]:
     return [t for m in modules if m is not None for t in [*m.parameters(), *m.buffers()]]
 
 
+def _waited(told: list[warnings.WarningMessage]) -> bool:
+    """Whether torch has warned of a wait; what else there was to be told is told again."""
+    waits = False
+    for warning in told:
+        text = str(warning.message)
+        if text.startswith("called a synchronizing CUDA operation"):
+            waits = True
+        elif not text.startswith("Synchronization debug mode is a prototype"):  # that it may overlook some
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return waits
+
+
 @dataclass
 class _Kind:
     """One recording: what it reads from outside, how often the update has run, and its replay.
@@ -285,13 +297,7 @@ class Steps:
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
         main.wait_stream(side)
-        waits = False
-        for warning in told:
-            if "synchronizing" in str(warning.message):
-                waits = True
-            else:
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-        if waits:
+        if _waited(told):
             self._give_up("an update waits for the device")
         return results
 

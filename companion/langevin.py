@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from companion import _compiled
+from companion._compiled import NotCompilableError
 from companion.energies import Energy, energy_and_gradient, frozen
 
-__all__ = ["Chain", "DivergenceError", "Gauges", "langevin", "mala"]
+__all__ = ["Chain", "DivergenceError", "Gauges", "NotCompilableError", "langevin", "mala"]
 
 Callback = Callable[[int, Tensor, Tensor], None]
 
@@ -94,9 +95,9 @@ def langevin(
     ``nn.Module`` has its steps captured once as a CUDA graph and replayed, the noise drawn within, up to 64
     steps at a time, whatever the weights, step size and temperature; everything else, and an energy that
     cannot be captured, takes the plain loop. True: on a GPU the captured steps, elsewhere
-    ``torch.compile``'s (seconds for the first call, hardly faster on a CPU), or a
-    ``companion._compiled.NotCompilableError`` that says why not. A captured energy must not change between
-    the steps of a call other than through x. With a ``callback`` the loop is always plain.
+    ``torch.compile``'s (seconds for the first call, hardly faster on a CPU), or ``NotCompilableError``, which
+    says why not. A captured energy must not change between the steps of a call other than through x. With a
+    ``callback`` the loop is always plain.
 
     Raises ``DivergenceError`` with step and gauges when an energy or state is not finite,
     ``ValueError`` for an argument out of range and for states of another shape than the energy names in
@@ -126,7 +127,7 @@ def langevin(
                     how, energy, x, steps, kernel.coefficients(), expected, generator, record_every
                 )
             return _chain(run, kernel.gauges(run.first, run.value, run.grad, run.x), steps)
-        except _compiled.NotCompilableError:
+        except NotCompilableError:
             if compile:
                 raise
             _compiled.give_up(energy)

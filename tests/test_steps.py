@@ -433,3 +433,21 @@ def test_the_tape_runs_nothing_while_it_records():
     assert torch.equal(x, expected) and torch.equal(y, expected + 1)
     tape.replay()
     assert not torch.equal(x, expected)
+
+
+def test_a_wait_is_told_from_what_else_torch_warns_of():
+    """The first warning comes once a process, from asking for the others, and speaks of the same."""
+    notice = "Synchronization debug mode is a prototype feature and does not yet detect all "
+    notice += "synchronizing operations"
+    wait = "called a synchronizing CUDA operation (Triggered internally at CUDAFunctions.cpp:150.)"
+
+    def told(*texts):
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            for text in texts:
+                warnings.warn(text, UserWarning, stacklevel=1)
+        return heard
+
+    assert not _recorded._waited(told(notice)) and _recorded._waited(told(notice, wait))
+    with pytest.warns(UserWarning, match="something else"):
+        assert not _recorded._waited(told("something else"))
