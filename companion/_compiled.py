@@ -150,22 +150,24 @@ class Stepper:
         except Exception as error:
             raise NotCompilableError(f"this energy's step cannot be captured: {_line(error)}") from error
 
-    def advance(self, energy: Energy, done: int, steps: int, every: int | None) -> tuple[Tensor, Tensor, int]:
-        """The next step or stride of a run of ``steps``, ``done`` of them taken; E, grad E, steps taken.
+    def advance(self, energy: Energy, stride: int, left: int) -> tuple[Tensor, Tensor, int]:
+        """The next step, or the next ``stride`` steps if so many are ``left``; E, grad E, how many it took.
 
-        A stride ends where one of ``every`` steps is to be kept, and at the last step.
+        Strides are taken where they are recorded, and recorded where that pays.
         """
         length = 1
-        if self.source is not None and done:
-            whole = every or min(steps - 1, STRIDE)
-            stride = max(n for n in range(1, min(whole, STRIDE) + 1) if whole % n == 0)
-            room = stride <= steps - done and (not every or done % stride == 0)
-            if room and (stride in self.strides or self.taken >= PAYS * stride):
-                length = stride
-                if stride not in self.strides:
-                    self.record(energy, stride)
+        if stride <= left and (stride in self.strides or self.taken >= PAYS * stride):
+            length = stride
+            if stride not in self.strides:
+                self.record(energy, stride)
         self.taken += length == 1
         return *self.strides[length](), length
+
+
+def _stride(steps: int, every: int | None) -> int:
+    """How many steps a replay takes behind the first: a stride ends where a state is to be kept."""
+    whole = every or min(steps - 1, STRIDE)
+    return max((n for n in range(1, min(whole, STRIDE) + 1) if whole % n == 0), default=1)
 
 
 def choose(wanted: bool | None, energy: Energy, x: Tensor) -> str | None:
@@ -254,6 +256,7 @@ def run(
     default = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator
     sources = {generator, default, torch.default_generator} - {None}
     before = [(source, source.get_state()) for source in sources]
+    stride = 1 if how == "compile" else _stride(steps, record_every)
     while True:
         path, energies, done, asked = [], [], 0, 0
         try:
@@ -262,7 +265,9 @@ def run(
             while done < steps:
                 if stepper.source is None:
                     stepper.noise.normal_(generator=generator)
-                value, grad, length = stepper.advance(energy, done, steps, record_every)
+                # The first step by itself, to be compared; those before a state that is kept, one by one too.
+                due = done > 0 and not (record_every and done % stride)
+                value, grad, length = stepper.advance(energy, stride if due else 1, steps - done)
                 if done == 0:
                     first, same = value.clone(), _agrees(stepper, expected, value, grad)
                 done += length

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tape import Tape, tape_capture
+
+from companion import _compiled
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +20,13 @@ def _one_thread():
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def tapes(monkeypatch) -> list[Tape]:
+    """Chains and trainings as on a GPU, with tapes for CUDA graphs; the list of those recorded."""
+    recorded: list[Tape] = []
+    monkeypatch.setattr(_compiled, "_mechanism", lambda device: "graph")
+    monkeypatch.setattr(_compiled, "_capture", tape_capture(recorded))
+    monkeypatch.setattr(_compiled, "PAYS", 4)
+    return recorded

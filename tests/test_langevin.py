@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tape import tape_capture
 from torch import nn
 
 from companion import _compiled
@@ -200,16 +199,6 @@ def test_an_energy_that_is_not_one_number_a_chain_is_refused():
 
 
 # The step as one call. A CUDA graph cannot be had here; ``Tape`` stands in for it.
-
-
-@pytest.fixture
-def tapes(monkeypatch):
-    """langevin as on a GPU, with tapes for graphs; the list of those recorded."""
-    recorded = []
-    monkeypatch.setattr(_compiled, "_mechanism", lambda device: "graph")
-    monkeypatch.setattr(_compiled, "_capture", tape_capture(recorded))
-    monkeypatch.setattr(_compiled, "PAYS", 4)
-    return recorded
 
 
 class Autograd(nn.Module):

@@ -14,6 +14,8 @@ sys.path[:0] = [str(ROOT / "book"), str(ROOT / "benchmarks")]
 import speed  # noqa: E402
 from parameters import BookError  # noqa: E402
 
+from companion import _compiled, _recorded  # noqa: E402
+
 limits = importlib.import_module("limits")
 budget = importlib.import_module("budget")
 cifar_step = importlib.import_module("cifar_step")
@@ -100,6 +102,15 @@ def test_the_gpu_profile_fits_a_t4_by_the_count_of_its_present_sizes():
     assert len(chapters) == 7
     for chapter in chapters:
         assert sum(loop.minutes for loop in loops if loop.chapter == chapter) < budget.LIMIT, chapter
+    page = (ROOT / "book/performance.md").read_text(encoding="utf-8")
+    for constant, words in (
+        (budget.SHARE == 0.3, "three tenths of the float32 rate"),
+        (budget.CALL == 3e-6, "three microseconds"),
+        (budget.LIMIT == 12, "below twelve minutes"),
+        (_compiled.STRIDE == 64, "up to 64 steps"),
+        (_recorded.LOOK == 20, "asked every twenty updates"),
+    ):
+        assert constant and words in " ".join(page.split()), words
     one = budget.Loop("x", "y", 60, 2 * budget.SHARE * budget.RATE, 0)
     assert one.minutes == pytest.approx(2)
     text = "\n".join(speed.budget(ROOT))

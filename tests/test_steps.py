@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from tape import Tape, tape_capture
+from tape import Tape
 from torch import nn
 
 from companion import _compiled, _recorded, chains, gan, graphs, lifecycle, likelihood, refine, stein
@@ -28,16 +28,6 @@ def _double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture
-def tapes(monkeypatch):
-    """Training as on a GPU, with tapes for graphs; the list of those recorded."""
-    recorded = []
-    monkeypatch.setattr(_compiled, "_mechanism", lambda device: "graph")
-    monkeypatch.setattr(_compiled, "_capture", tape_capture(recorded))
-    monkeypatch.setattr(_compiled, "PAYS", 4)
-    return recorded
 
 
 def alike(plain, ours, **tolerance):
