@@ -108,7 +108,8 @@ def ebm(values: dict[str, Any], rng: torch.Generator, chapter: str) -> list[Loop
             energies = each + len(values["births"]) - 1
             training("mid-run training", values["updates"], values["steps"], values["batch"], energies)
             training("short-run training", values["short_updates"], values["short_steps"], values["batch"])
-            tried = 3 * sum(values["curve_steps"])  # three kinds of purifier
+            walkers = values["n_seeds"] + values["short_seeds"]  # noise alone is one draw
+            tried = walkers * sum(values["curve_steps"])
             attack = max(1, values["attack_steps"] // 2) * max(1, values["attack_replicas"] // 2)
             judged = values["replicas"] // 4
             walking("choice of K, attacks", values["curve_images"] * (attack + 3 * judged), tried)
@@ -117,7 +118,9 @@ def ebm(values: dict[str, Any], rng: torch.Generator, chapter: str) -> list[Loop
             iterate = values["attack_steps"] * values["attack_replicas"] + 4 * values["replicas"]
             # BPDA on all, the short-run energy, the control; the full gradient costs three passes a step.
             walking("attacks", values["n_attacked"] * iterate * (values["n_seeds"] * (1 + 3) + 2 + 3), best)
-            walking("attacks, secondary", values["n_secondary"] * iterate * 6, best)
+            walking("attacks, secondary", values["n_secondary"] * iterate * 4, best)
+            age = values["steps"] / values["rejuvenation"]
+            walking("attacks at the trained age", values["n_secondary"] * iterate * walkers, age)
         else:
             updates = 2 * values["prior_updates"] + 4 * values["correction_updates"]
             training("prior and one stage", updates, values["steps"], values["batch"], each)

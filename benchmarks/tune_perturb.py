@@ -13,19 +13,17 @@ on the test split. Trials that ``--out`` already holds are not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from tuning import Record, best
 
 from companion import data
 from companion.calibration import calibration_error, error_rate, hard_nll
 from companion.classifiers import ARMS, StackedConvNet, noisy_subsets, recipe, train_stack
-from companion.record import describe_device
 
 SEEDS, EPOCHS, IMAGES, NOISE = 3, 40, 600, 0.3
 COMMON = {"rate": (0.02, 0.3), "weight_decay": (1e-4, 2e-2)}
@@ -71,21 +69,9 @@ def trial(job: tuple[str, int, int]) -> dict[str, object]:
     return row | {"cpu_seconds": round(time.process_time() - start, 1)}
 
 
-def best(rows: list[dict]) -> dict[str, dict]:
+def summary(rows: list[dict]) -> dict[str, object]:
     """Each arm's trial of lowest mean NLL."""
-    scored = [row for row in rows if "nll" in row]
-    return {
-        arm: min((row for row in scored if row["arm"] == arm), key=lambda row: sum(row["nll"]))
-        for arm in ARMS
-        if any(row["arm"] == arm for row in scored)
-    }
-
-
-def write(path: Path, record: dict) -> None:
-    """Write the record under a temporary name and rename it: an interrupt leaves the last whole one."""
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    return {"best": best(rows, "nll", by="arm", groups=ARMS, lowest=True)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -97,24 +83,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     header = {
         "data": "digits", "images": IMAGES, "noise": NOISE, "seeds": SEEDS, "epochs": args.epochs,
-        "torch": torch.__version__, "device": describe_device("cpu"),
     }  # fmt: skip
-    rows: list[dict] = []
-    if args.out.exists():
-        old = json.loads(args.out.read_text(encoding="utf-8"))
-        if {name: old.get(name) for name in header} != header:
-            parser.error(f"{args.out} holds a search of another kind; choose another file or remove it")
-        rows = old["trials"]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-
-    done = {(row["arm"], row["trial"]) for row in rows}
-    todo = [(arm, i, args.epochs) for i in range(args.trials) for arm in ARMS if (arm, i) not in done]
-    with ProcessPoolExecutor(args.workers) as pool:
-        for count, row in enumerate(pool.map(trial, todo), 1):
-            rows.append(row)
-            print(f"{count}/{len(todo)} {row}", flush=True)
-            write(args.out, header | {"best": best(rows), "trials": rows})
-    for row in best(rows).values():
+    try:
+        record = Record(args.out, header, summary, identity=("arm", "trial"))
+    except ValueError as error:
+        parser.error(str(error))
+    jobs = [(arm, i, args.epochs) for i in range(args.trials) for arm in ARMS if record.lacks(arm, i)]
+    record.run(trial, jobs, args.workers)
+    for row in summary(record.rows)["best"].values():
         print(row)
 
 

@@ -14,20 +14,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import math
-import os
 import random
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tuning import Record, best, log_uniform
 
 from companion import data, gan, metrics, networks, refine
 from companion.energies import GaussianMixture
 from companion.langevin import DivergenceError
-from companion.record import describe_device
 
 TRIALS = {"plane": 8, "digits": 12}
 IMAGE_PAIRS = 4
@@ -72,10 +69,7 @@ def settings(part: str, arm: str, trial: int) -> dict[str, float]:
     """The trial's random settings, log-uniform; two arms with the same ranges get the same ones."""
     draw = random.Random(f"refine {trial}")
 
-    def one(low: float, high: float) -> float:
-        return float(f"{math.exp(draw.uniform(math.log(low), math.log(high))):.2g}")
-
-    chosen = {name: one(*bounds) for name, bounds in RANGES[part][arm].items()}
+    chosen = {name: log_uniform(draw, *bounds) for name, bounds in RANGES[part][arm].items()}
     return {name: round(value) if name == "updates" else value for name, value in chosen.items()}
 
 
@@ -182,41 +176,27 @@ def image_trial(
     return {"fd": rows, "score": round(-min(mean), 4)}
 
 
-def best(rows: list[dict]) -> dict[str, dict[str, dict]]:
+def summary(rows: list[dict]) -> dict[str, object]:
     """Each arm's trial of highest score, by part."""
-    out: dict[str, dict[str, dict]] = {}
-    for part, arms in RANGES.items():
-        for arm in arms:
-            scored = [r for r in rows if (r["part"], r["arm"]) == (part, arm) and "score" in r]
-            if scored:
-                out.setdefault(part, {})[arm] = max(scored, key=lambda row: row["score"])
-    return out
+    parts = {
+        part: best([row for row in rows if row["part"] == part], "score", by="arm", groups=arms)
+        for part, arms in RANGES.items()
+    }
+    return {"best": {part: found for part, found in parts.items() if found}}
 
 
-def write(path: Path, record: dict) -> None:
-    """Write the record under a temporary name and rename it: an interrupt leaves the last whole one."""
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--part", choices=[*RANGES, "both"], default="both")
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    header = {"plane": PLANE, "digits": IMAGES, "image_pairs": IMAGE_PAIRS, "torch": torch.__version__}
-    rows: list[dict] = []
-    if args.out.exists():
-        old = json.loads(args.out.read_text(encoding="utf-8"))
-        if {name: old.get(name) for name in header} != header:
-            parser.error(f"{args.out} holds a search of another kind; choose another file or remove it")
-        rows = old["trials"]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    header["device"] = describe_device("cpu")
-    done = {(row["part"], row["arm"], row["trial"]) for row in rows}
+    args = parser.parse_args(argv)
+    header = {"plane": PLANE, "digits": IMAGES, "image_pairs": IMAGE_PAIRS}
+    try:
+        record = Record(args.out, header, summary, identity=("part", "arm", "trial"))
+    except ValueError as error:
+        parser.error(str(error))
     for part in RANGES if args.part == "both" else [args.part]:
-        todo = [(a, i) for i in range(TRIALS[part]) for a in RANGES[part] if (part, a, i) not in done]
+        todo = [(a, i) for i in range(TRIALS[part]) for a in RANGES[part] if record.lacks(part, a, i)]
         if not todo:
             continue
         rng = torch.Generator().manual_seed(1000)
@@ -238,9 +218,9 @@ def main() -> None:
                 row |= (plane_trial if part == "plane" else image_trial)(arm, chosen, *given)
             except DivergenceError as error:
                 row["diverged"] = f"step {error.step} of the chain"
-            rows.append(row | {"seconds": round(time.perf_counter() - start, 1)})
-            print(rows[-1], flush=True)
-            write(args.out, header | {"best": best(rows), "trials": rows})
+            row["seconds"] = round(time.perf_counter() - start, 1)
+            print(row, flush=True)
+            record.add(row)
 
 
 if __name__ == "__main__":

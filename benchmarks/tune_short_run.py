@@ -14,19 +14,15 @@ where it stopped.
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import os
 import random
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from tuning import Record, best, log_uniform
 
 from companion import data, lifecycle, likelihood, metrics
 from companion.langevin import DivergenceError
-from companion.record import describe_device
 
 STEPS, BATCH, SEEDS = 30, 128, 2
 
@@ -41,10 +37,7 @@ def settings(trial: int) -> dict[str, float]:
         "network_rate": (3e-4, 3e-3) if trial < 16 else (8e-4, 4e-3) if trial < 26 else (1e-3, 5e-3),
     }
 
-    def one(low: float, high: float) -> float:
-        return float(f"{math.exp(draw.uniform(math.log(low), math.log(high))):.2g}")
-
-    return {name: one(*bounds) for name, bounds in ranges.items()}
+    return {name: log_uniform(draw, *bounds) for name, bounds in ranges.items()}
 
 
 def trial(job: tuple[str, int, dict[str, float], int, str]) -> dict[str, object]:
@@ -78,51 +71,28 @@ def trial(job: tuple[str, int, dict[str, float], int, str]) -> dict[str, object]
     return row | {"seconds": round(time.perf_counter() - start, 1)}
 
 
-def best(rows: list[dict]) -> dict[str, dict]:
+def summary(rows: list[dict]) -> dict[str, object]:
     """Each arm's trial of lowest mean FD."""
-    scored = [row for row in rows if "fd" in row]
-    return {
-        arm: min((row for row in scored if row["arm"] == arm), key=lambda row: sum(row["fd"]))
-        for arm in lifecycle.ARMS
-        if any(row["arm"] == arm for row in scored)
-    }
+    return {"best": best(rows, "fd", by="arm", groups=lifecycle.ARMS, lowest=True)}
 
 
-def write(path: Path, record: dict) -> None:
-    """Write the record under a temporary name and rename it: an interrupt leaves the last whole one."""
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--trials", type=int, default=32, help="random settings, each tried for every arm")
     parser.add_argument("--updates", type=int, default=1200)
     parser.add_argument("--data", default="digits", help="a data set's name or path (small images)")
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     header = {
         "data": args.data, "steps": STEPS, "batch": BATCH, "seeds": SEEDS, "updates": args.updates,
-        "torch": torch.__version__, "device": describe_device("cpu"),
     }  # fmt: skip
-    rows: list[dict] = []
-    if args.out.exists():
-        old = json.loads(args.out.read_text(encoding="utf-8"))
-        if {name: old.get(name) for name in header} != header:
-            parser.error(f"{args.out} holds a search of another kind; choose another file or remove it")
-        rows = old["trials"]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-
-    done = {(row["arm"], row["trial"]) for row in rows}
-    jobs = [(arm, i) for i in range(args.trials) for arm in lifecycle.ARMS if (arm, i) not in done]
-    todo = [(arm, i, settings(i), args.updates, args.data) for arm, i in jobs]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for count, row in enumerate(pool.map(trial, todo), 1):
-            rows.append(row)
-            print(f"{count}/{len(todo)} {row}", flush=True)
-            write(args.out, header | {"best": best(rows), "trials": rows})
-    for row in best(rows).values():
+    try:
+        record = Record(args.out, header, summary, identity=("arm", "trial"))
+    except ValueError as error:
+        parser.error(str(error))
+    jobs = [(arm, i) for i in range(args.trials) for arm in lifecycle.ARMS if record.lacks(arm, i)]
+    record.run(trial, [(arm, i, settings(i), args.updates, args.data) for arm, i in jobs])
+    for row in summary(record.rows)["best"].values():
         print(row)
 
 

@@ -14,18 +14,15 @@ holds are not run again.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import random
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from tuning import Record, best, log_uniform
 
 from companion import energies, metrics, networks, stein
-from companion.record import describe_device
 
 SEEDS, POINTS, BATCH, WIDTHS, GAIN, AVERAGE = 2, 10_000, 200, (64, 128), 4.0, 0.99
 METHODS = ("score_matching", "plain", "anchored")
@@ -40,12 +37,10 @@ def settings(trial: int) -> dict[str, float]:
     """The trial's random settings, the same whichever method asks."""
     draw = random.Random(3000 + trial)
 
-    def one(low: float, high: float) -> float:
-        return float(f"{math.exp(draw.uniform(math.log(low), math.log(high))):.2g}")
-
     return {
-        "rate": one(5e-4, 6e-3), "critic_rate": one(1e-3, 8e-3), "beta": draw.choice([0.0, 0.5, 0.9]),
-        "critic_steps": draw.choice([1, 2, 5]), "lam": draw.choice([1.0, 10.0]),
+        "rate": log_uniform(draw, 5e-4, 6e-3), "critic_rate": log_uniform(draw, 1e-3, 8e-3),
+        "beta": draw.choice([0.0, 0.5, 0.9]), "critic_steps": draw.choice([1, 2, 5]),
+        "lam": draw.choice([1.0, 10.0]),
     }  # fmt: skip
 
 
@@ -90,21 +85,9 @@ def trial(job: tuple[str, int, dict[str, float], int]) -> dict[str, object]:
     return row | {"steps": steps, "seconds": round(time.perf_counter() - start, 1)}
 
 
-def best(rows: list[dict]) -> dict[str, dict]:
+def summary(rows: list[dict]) -> dict[str, object]:
     """Each method's trial of highest score."""
-    scored = [row for row in rows if "score" in row]
-    return {
-        method: max((row for row in scored if row["method"] == method), key=lambda row: row["score"])
-        for method in METHODS
-        if any(row["method"] == method for row in scored)
-    }
-
-
-def write(path: Path, record: dict) -> None:
-    """Write the record under a temporary name and rename it: an interrupt leaves the last whole one."""
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    return {"best": best(rows, "score", by="method", groups=METHODS)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,28 +100,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     header = {
         "densities": list(DENSITIES), "seeds": SEEDS, "points": POINTS, "batch": BATCH, "widths": WIDTHS,
-        "gain": GAIN, "average": AVERAGE, "torch": torch.__version__, "device": describe_device("cpu"),
-        "steps": args.steps, "score_matching_steps": args.score_matching_steps,
+        "gain": GAIN, "average": AVERAGE, "steps": args.steps,
+        "score_matching_steps": args.score_matching_steps,
     }  # fmt: skip
-    header = json.loads(json.dumps(header))
-    rows: list[dict] = []
-    if args.out.exists():
-        old = json.loads(args.out.read_text(encoding="utf-8"))
-        if {name: old.get(name) for name in header} != header:
-            parser.error(f"{args.out} holds a search of another kind; choose another file or remove it")
-        rows = old["trials"]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-
-    done = {(row["method"], row["trial"]) for row in rows}
-    jobs = [(method, i) for i in range(args.trials) for method in METHODS if (method, i) not in done]
+    try:
+        record = Record(args.out, header, summary, identity=("method", "trial"))
+    except ValueError as error:
+        parser.error(str(error))
+    jobs = [(method, i) for i in range(args.trials) for method in METHODS if record.lacks(method, i)]
     steps = dict.fromkeys(METHODS, args.steps) | {"score_matching": args.score_matching_steps}
-    todo = [(method, i, settings(i), steps[method]) for method, i in jobs]
-    with ProcessPoolExecutor(args.workers) as pool:
-        for count, row in enumerate(pool.map(trial, todo), 1):
-            rows.append(row)
-            print(f"{count}/{len(todo)} {row}", flush=True)
-            write(args.out, header | {"best": best(rows), "trials": rows})
-    for row in best(rows).values():
+    record.run(trial, [(method, i, settings(i), steps[method]) for method, i in jobs], args.workers)
+    for row in summary(record.rows)["best"].values():
         print(row)
 
 

@@ -19,19 +19,17 @@ counts as lost. Runs that ``--out`` holds already are not repeated.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from tuning import Record
 
 from companion import graphs
 from companion.graphs.training import Pool
 from companion.langevin import DivergenceError
-from companion.record import describe_device
 
 SEEDS = 3
 CRITIC_COST, MODEL_COST = 2, 3
@@ -142,42 +140,30 @@ def table(rows: list[dict]) -> list[dict]:
     return lines
 
 
-def write(path: Path, record: dict) -> None:
-    """Write the record under a temporary name and rename it: an interrupt leaves the last whole one."""
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def summary(rows: list[dict]) -> dict[str, object]:
+    return {"table": table(rows)}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cost", type=int, default=7500, help="of one run: 2 a critic step, 3 a model step")
     parser.add_argument("--only", nargs="*", choices=list(CANDIDATES), help="some of the candidates")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)  # as each worker does
     header = {
         "data": "community-small", "cost": args.cost, "levels": LEVELS, "weights": WEIGHTS, "batch": 16,
-        "torch": torch.__version__, "device": describe_device("cpu"),
     }  # fmt: skip
-    header = json.loads(json.dumps(header))
-    rows: list[dict] = []
-    if args.out.exists():
-        old = json.loads(args.out.read_text(encoding="utf-8"))
-        if {name: old.get(name) for name in header} != header:
-            parser.error(f"{args.out} holds a comparison of another kind; choose another file or remove it")
-        rows = old["runs"]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    done = {(row["candidate"], row["seed"]) for row in rows}
+    try:
+        record = Record(args.out, header, summary, identity=("candidate", "seed"), key="runs")
+    except ValueError as error:
+        parser.error(str(error))
     names = args.only or list(CANDIDATES)
-    jobs = [(n, s, args.cost) for s in range(SEEDS) for n in names if (n, s) not in done]
-    with ProcessPoolExecutor(args.workers) as pool:
-        for count, row in enumerate(pool.map(trial, jobs), 1):
-            rows.append(row)
-            print(f"{count}/{len(jobs)} {row}", flush=True)
-            write(args.out, header | {"table": table(rows), "runs": rows})
-    for line in table(rows):
+    record.run(
+        trial, [(n, s, args.cost) for s in range(SEEDS) for n in names if record.lacks(n, s)], args.workers
+    )
+    for line in table(record.rows):
         print(line)
 
 

@@ -10,20 +10,18 @@ import sys
 import time
 from pathlib import Path
 
+import execute
+import keys
 import nbformat
+import pages
+import parameters
+import plan
 import pytest
+import recorded
+import render
+import run
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "book"))
-
-import execute  # noqa: E402
-import keys  # noqa: E402
-import pages  # noqa: E402
-import parameters  # noqa: E402
-import plan  # noqa: E402
-import recorded  # noqa: E402
-import render  # noqa: E402
-import run  # noqa: E402
 
 HEAD = """---
 jupytext:

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import jupytext
 import pytest
+from parameters import read_parameters
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "book"))
-
-from parameters import read_parameters  # noqa: E402
 
 spec = importlib.util.spec_from_file_location("downhill_cells", ROOT / "tools" / "cells.py")
 cells = importlib.util.module_from_spec(spec)

@@ -2,19 +2,16 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
+import citing
+import plan
 import pytest
 import yaml
+from parameters import BookError
 from pybtex.database import parse_string
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "book"))
-
-import citing  # noqa: E402
-import plan  # noqa: E402
-from parameters import BookError  # noqa: E402
 
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
 RESULT = {"profile": "cpu", "commit": "0123456789abcdef+dirty", "finished": "2026-11-20T00:00:00+00:00"}

@@ -13,13 +13,11 @@ import sys
 from pathlib import Path
 
 import nbformat
+import notebooks
+import plan
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "book"))
-
-import notebooks  # noqa: E402
-import plan  # noqa: E402
 
 CHAPTER = "energy-and-langevin"
 GIVEN = ["torch", "numpy", "matplotlib", "ipykernel"]

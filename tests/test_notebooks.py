@@ -9,19 +9,17 @@ import sys
 import types
 from pathlib import Path
 
+import home
+import myst
 import nbformat
+import notebooks
+import pages
+import plan
 import pytest
 import test_book
+from parameters import BookError
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "book"))
-
-import home  # noqa: E402
-import myst  # noqa: E402
-import notebooks  # noqa: E402
-import pages  # noqa: E402
-import plan  # noqa: E402
-from parameters import BookError  # noqa: E402
 
 RELEASE = home.Home("https://github.com/some/course.git", "v1.2", "v1.2")
 CI = {

@@ -5,22 +5,19 @@ import base64
 import json
 import pkgutil
 import re
-import sys
 from pathlib import Path
 
 import nbformat
+import pages
+import plan
 import pytest
+import recorded
+import reference
+import signatures
 import yaml
+from parameters import BookError
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "book"))
-
-import pages  # noqa: E402
-import plan  # noqa: E402
-import recorded  # noqa: E402
-import reference  # noqa: E402
-import signatures  # noqa: E402
-from parameters import BookError  # noqa: E402
 
 CHAPTERS = plan.load_chapters(ROOT)
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

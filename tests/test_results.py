@@ -166,6 +166,29 @@ def test_chapters_that_were_not_run_again_keep_their_figures(tmp_path):
     assert "Together 2.0 minutes" in readme
 
 
+def test_mid_run_uses_the_best_affordable_trial_and_tells_the_search_as_it_was():
+    record = json.loads((ROOT / "results/tuning-purifier-digits.json").read_text(encoding="utf-8"))
+    tune, chapter = script("benchmarks/tune_purifier.py"), parameters("mid-run")
+    rows, best = record["trials"], record["best"]
+    for name, value in (tune.FIXED | {"updates": record["updates"], "n_seeds": tune.SEEDS}).items():
+        assert json.loads(chapter[name]) == value, name
+    for row in rows:
+        expected = tune.settings(row["trial"])
+        assert {name: row[name] for name in expected} == expected
+    for name in tune.settings(best["trial"]):
+        assert json.loads(chapter[name]) == best[name], name
+    assert tune.summary(rows)["best"] == best
+    assert sum(best["natural"][tune.NUMBERS.index(best["best_steps"])]) / tune.SEEDS >= best["plain"] - 0.0101
+    affordable = [row for row in rows if "score" in row and tune.affordable(row)]
+    assert best["score"] == max(row["score"] for row in affordable)
+    # The prose: 24 settings; the search started with less than half the noise and the rate.
+    text = (ROOT / "book/mid-run.md").read_text(encoding="utf-8")
+    assert f"a search over {len(rows)} settings" in text
+    first = rows[0]
+    assert first["trial"] == 0 and first["birth_noise"] < best["birth_noise"] / 2
+    assert first["rate"] < best["rate"] / 2 and first["score"] < best["score"] - 0.05
+
+
 def test_the_chapter_on_critics_uses_each_arms_best_trial():
     record = json.loads((ROOT / "results/tuning-refine.json").read_text(encoding="utf-8"))
     tune, chapter = script("benchmarks/tune_refine.py"), parameters("discriminator-langevin")

@@ -4,18 +4,15 @@ import importlib.util
 import json
 import re
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
+import notebooks
+import plan
 import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "book"))
-
-import notebooks  # noqa: E402
-import plan  # noqa: E402
 
 spec = importlib.util.spec_from_file_location("downhill_setup", ROOT / "tools" / "setup.py")
 setup = importlib.util.module_from_spec(spec)

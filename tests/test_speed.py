@@ -6,15 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import speed
 import torch
+from parameters import BookError
+
+from companion import _compiled, _recorded
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "book"), str(ROOT / "benchmarks")]
-
-import speed  # noqa: E402
-from parameters import BookError  # noqa: E402
-
-from companion import _compiled, _recorded  # noqa: E402
 
 limits = importlib.import_module("limits")
 budget = importlib.import_module("budget")
