@@ -29,7 +29,7 @@ from companion.chains import born_from_data
 from companion.langevin import DivergenceError
 from companion.purify import Defended, Purifier
 
-SEEDS = 3
+SEEDS, TRIALS = 3, 24
 EARLY = 12  # trials drawn from the first ranges, the others from the second
 RANGES = [
     {"birth_noise": (0.15, 0.9), "data_noise": (0.05, 0.25), "step_size": (0.03, 0.1), "rate": (0.002, 0.01)},
@@ -128,7 +128,7 @@ def summary(rows: list[dict]) -> dict[str, object]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--trials", type=int, default=TRIALS)
     parser.add_argument("--updates", type=int, default=2000)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
